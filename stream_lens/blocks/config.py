@@ -1,0 +1,129 @@
+"""StreamConfig: every choice that decides which blocks a run keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from stream_lens.blocks.schedule import FractionOfPrefix, KSchedule, MassThreshold, schedule_from_json
+
+REPRESENTATIVES = ("first", "centre", "last", "strided", "mean", "mean_var")
+"""What stands for a branch of several key blocks while it competes: see `stream_lens.blocks.branch_scores`."""
+
+REDUCTIONS = ("max", "mass", "peak")
+"""How scores of one branch over a query block's rows become one number: see `stream_lens.blocks.branch_scores`."""
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Which key blocks each query block may keep, and how they are searched for.
+
+    Attributes:
+        q_block: queries per query block (the paper's b_q); 32 is about a sentence.
+        k_block: keys per key block (b_k).
+        k: key blocks kept per query block, forced ones included: an int, `FractionOfPrefix` or `MassThreshold`.
+        selector: name in the registry: "stream" (the hierarchical search), "exhaustive" (the oracle),
+            "window_sinks", "random", or one added with `register_selector`.
+        representative: what stands for a branch in the search, one of `REPRESENTATIVES`.
+        reduce: how a query block's rows vote, one of `REDUCTIONS`; also how "exhaustive" ranks.
+        oversample: branches followed per block that will be kept. Above 1 the search ends with more single blocks than
+            it may keep and ranks them by their exact scores (an extension of the paper, which has 1).
+        rank: the `reduce` of that exact final ranking.
+        query_stride: score every n-th row of a query block in the rounds (the final ranking scores all rows).
+        sink_blocks: first real key blocks always kept (the attention sink); they count inside k.
+        local_blocks: key blocks before the diagonal always kept; they count inside k. The diagonal itself always is.
+        layers: layers that run sparse, None for all; the others run dense.
+        overrides: {(layer, head): k}, for the heads whose k differs.
+        seed: of the "random" selector.
+
+    Raises:
+        ValueError: a value is out of range; the message says what is allowed.
+    """
+
+    q_block: int = 32
+    k_block: int = 32
+    k: int | KSchedule = 16
+    selector: str = "stream"
+    representative: str = "mean"
+    reduce: str = "mass"
+    oversample: int = 4
+    rank: str = "max"
+    query_stride: int = 4
+    sink_blocks: int = 1
+    local_blocks: int = 0
+    layers: tuple[int, ...] | None = None
+    overrides: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("q_block", 1),
+            ("k_block", 1),
+            ("oversample", 1),
+            ("query_stride", 1),
+            ("sink_blocks", 0),
+            ("local_blocks", 0),
+        ):
+            _require_int(name, getattr(self, name), least)
+        _require_choice("representative", self.representative, REPRESENTATIVES)
+        _require_choice("reduce", self.reduce, REDUCTIONS)
+        _require_choice("rank", self.rank, REDUCTIONS)
+        if not isinstance(self.k, FractionOfPrefix | MassThreshold):
+            self._require_k("k", self.k)
+        for where, k in self.overrides.items():
+            self._require_k(f"overrides[{where}]", k)
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    @property
+    def forced_blocks(self) -> int:
+        """The most key blocks that one query block keeps whatever their scores: sinks, local and diagonal."""
+        return self.sink_blocks + self.local_blocks + diagonal_blocks(self.q_block, self.k_block)
+
+    def _require_k(self, name: str, k: object) -> None:
+        _require_int(name, k, 1)
+        assert isinstance(k, int)
+        if k < self.forced_blocks:
+            raise ValueError(
+                f"{name}={k} is less than the {self.forced_blocks} blocks that are always kept "
+                f"({self.sink_blocks} sink, {self.local_blocks} local, "
+                f"{diagonal_blocks(self.q_block, self.k_block)} on the diagonal): "
+                "raise k, or lower sink_blocks, local_blocks or q_block."
+            )
+
+    def with_k(self, k: int | KSchedule) -> StreamConfig:
+        """The same choices at another k."""
+        return replace(self, k=k)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for files; `from_json` reads it back."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain["k"] = self.k if isinstance(self.k, int) else self.k.to_json()
+        plain["layers"] = None if self.layers is None else list(self.layers)
+        plain["overrides"] = [[layer, head, k] for (layer, head), k in sorted(self.overrides.items())]
+        return plain
+
+    @staticmethod
+    def from_json(plain: Mapping[str, Any]) -> StreamConfig:
+        """The config that `to_json` wrote."""
+        values = dict(plain)
+        values["k"] = values["k"] if isinstance(values["k"], int) else schedule_from_json(values["k"])
+        values["layers"] = None if values["layers"] is None else tuple(values["layers"])
+        values["overrides"] = {(layer, head): k for layer, head, k in values["overrides"]}
+        return StreamConfig(**values)
+
+
+def diagonal_blocks(q_block: int, k_block: int) -> int:
+    """The most key blocks that the rows of one query block stand in; all are kept, so every row sees itself."""
+    return (q_block - 1) // k_block + (1 if q_block % k_block == 0 or k_block % q_block == 0 else 2)
+
+
+def _require_int(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} is not allowed: give a whole number of at least {least}.")
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(choices)}.")

@@ -1,0 +1,53 @@
+"""BlockMask to and from `torch.nn.attention.flex_attention.BlockMask`."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+from stream_lens.blocks.block_mask import BlockMask, ascending, trimmed
+
+
+def to_flex(mask: BlockMask, *, pad: bool = True) -> FlexBlockMask:
+    """The same blocks for flex_attention, with a `mask_mod` for causality (at the mask's offset) and window.
+
+    Args:
+        mask: to convert.
+        pad: pad the index table to all key blocks, q_blocks × k_blocks integers for each head, which the CPU build of
+            flex_attention reads past otherwise; False keeps O(T · k).
+    """
+    indices = mask.indices.clamp(min=0)
+    if pad:
+        indices = torch.nn.functional.pad(indices, (0, mask.k_blocks - mask.k))
+    offset, window = mask.offset, mask.window
+
+    def causal(batch, head, q_idx, kv_idx):  # type: ignore[no-untyped-def]
+        visible = kv_idx <= q_idx + offset
+        return visible if window is None else visible & (kv_idx > q_idx + offset - window)
+
+    return FlexBlockMask.from_kv_blocks(
+        mask.kept.sum(-1, dtype=torch.int32),
+        indices,
+        BLOCK_SIZE=(mask.q_block, mask.k_block),
+        mask_mod=causal,
+        seq_lengths=(mask.q_len, mask.kv_len),
+    )
+
+
+def from_flex(flex: FlexBlockMask, *, offset: int = 0, window: int | None = None) -> BlockMask:
+    """The blocks of a flex_attention mask, partial and full ones alike.
+
+    What its `mask_mod` hides inside a block is not carried over, except causality at `offset` and `window`.
+    """
+
+    def used(count: torch.Tensor | None, table: torch.Tensor | None) -> list[torch.Tensor]:
+        if count is None or table is None:
+            return []
+        slot = torch.arange(table.shape[-1], device=table.device)
+        return [torch.where(slot < count[..., None], table, -1)]
+
+    tables = used(flex.kv_num_blocks, flex.kv_indices) + used(flex.full_kv_num_blocks, flex.full_kv_indices)
+    q_len, kv_len = flex.seq_lengths
+    q_block, k_block = flex.BLOCK_SIZE
+    indices = trimmed(ascending(torch.cat(tables, -1)))[:, :, : -(-q_len // q_block)]
+    return BlockMask(indices.contiguous(), q_block, k_block, q_len, kv_len, offset, window)
