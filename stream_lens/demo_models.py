@@ -138,20 +138,24 @@ def _convert_aside(demo: DemoModel, files: list[Path], convert: Callable[[Path, 
     for leftover in demo.folder.parent.glob(f"{prefix}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=prefix, dir=demo.folder.parent))
+    console = Console(stderr=True)
+    console.print(f"Converting {demo.name} once, about a minute, into {demo.folder}", highlight=False, soft_wrap=True)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    # stderr is left alone by rich: the converter's own bars are hidden below, and must not hide this one.
-    progress = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stderr=False)
+    # Without a terminal the line above is all; redirecting stderr is left to the block that hides the converter's bars.
+    progress = Progress(
+        *columns, console=console, transient=True, redirect_stderr=False, disable=not console.is_terminal
+    )
     try:
         with progress:
             joined = aside / "weights.gguf"
-            checking = progress.add_task(f"{demo.name}: checking", total=sum(file.stat().st_size for file in files))
+            checking = progress.add_task("checking SHA-256", total=sum(file.stat().st_size for file in files))
             digest = _join(files, joined, lambda n: progress.advance(checking, n))
             if digest != demo.sha256:
                 raise DemoModelError(
                     f"The weights of demo model {demo.name!r} have SHA-256 {digest}, expected {demo.sha256}: "
                     f"reinstall {', '.join(demo.distributions)}."
                 )
-            progress.add_task(f"{demo.name}: converting to float32, once, about a minute", total=None)
+            progress.add_task("converting to float32", total=None)
             with contextlib.redirect_stderr(io.StringIO()):
                 convert(joined, aside / "model")
         os.replace(aside / "model", demo.folder)
@@ -167,7 +171,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     # The weights are plain float32 from here on; a quantisation config would make loaders look for a quantiser.
     model.config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer = None
+    vars(model).pop("hf_quantizer", None)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
 

@@ -18,7 +18,7 @@ __all__ = ["DEMO_MODELS", "DemoModel", "DemoModelError", "load_demo_model", "loa
 
 Form = Literal["hooked", "bridge"]
 
-_CONTEXT_FIELDS = ("n_positions", "max_position_embeddings", "max_context_length", "max_length", "seq_length")
+_CONTEXT_FIELDS = ("n_positions", "max_position_embeddings", "max_context_length", "seq_length", "max_sequence_length")
 
 
 def load_demo_model(name: str, as_: Form | None = None, n_ctx: int | None = None) -> Any:
@@ -48,12 +48,15 @@ def load_model(
     device: None takes a GPU where there is one.
 
     Raises ValueError for an as_ that this model or TransformerLens version does not offer, an n_ctx above what the
-    model has, or a name that is neither a demo model, a model folder, nor a hub model that can be loaded.
+    model has, or a name that is neither a demo model, a model folder, nor a hub model that can be loaded; TypeError
+    for a dtype that is not a floating-point one.
     """
     name = os.fspath(name_or_folder)
     demo = DEMO_MODELS.get(name)
     if as_ not in (None, "hooked", "bridge"):
         raise ValueError(f'as_={as_!r} is not known: use "hooked", "bridge" or None.')
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype!r} is not a floating-point torch dtype: give torch.float32, torch.bfloat16, ...")
     if demo is None and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"The folder {name} has no config.json: give a folder written by save_pretrained.")
     form = as_ or ("bridge" if _why_not_hooked(name, demo) else "hooked")
@@ -66,6 +69,8 @@ def load_model(
             load = _load_hooked if form == "hooked" else _load_bridge
             model = load(name, demo, n_ctx=n_ctx, dtype=dtype, device=device)
     except OSError as error:
+        if demo:
+            raise  # about the cache folder, not about the name
         known = ", ".join(DEMO_MODELS)
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -124,16 +129,23 @@ def _longest_context(name: str, form: Form) -> int | None:
     """The most tokens the model has positions for; None where neither transformers nor TransformerLens says."""
     from transformers import AutoConfig
 
-    lengths: list[int] = []
-    with contextlib.suppress(OSError if form == "hooked" else ()):  # some of TransformerLens' own have no such file
-        config = AutoConfig.from_pretrained(name).get_text_config()
-        lengths += [length for field in _CONTEXT_FIELDS if isinstance(length := getattr(config, field, None), int)][:1]
+    listed = None
     if form == "hooked":
-        from transformer_lens.loading_from_pretrained import get_pretrained_model_config
+        from transformer_lens.loading_from_pretrained import get_official_model_name, get_pretrained_model_config
 
-        # Its table is cautious for some models (Gemma 3: 8192), so the longer of the two counts.
-        lengths.append(get_pretrained_model_config(name).n_ctx)
-    return max(lengths, default=None)
+        name = get_official_model_name(name)
+        listed = get_pretrained_model_config(name).n_ctx
+    try:
+        config = AutoConfig.from_pretrained(name).get_text_config()
+    except OSError:
+        if listed is None:
+            raise
+        return listed  # some of TransformerLens' own models have no configuration that transformers can read
+    for field in _CONTEXT_FIELDS:
+        if isinstance(length := getattr(config, field, None), int):
+            # TransformerLens' table is cautious for some models (8192 for Gemma 3), so the longer one counts.
+            return max(length, listed or 0)
+    return listed
 
 
 def _check_n_ctx(name: str, n_ctx: int, longest: int | None) -> None:
