@@ -1,0 +1,188 @@
+// Sixteen floats at a time, in the compiler's portable vector types: exp, tanh, bfloat16 and a 16 × 16 transpose.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace stream_lens {
+
+constexpr int64_t kLanes = 16;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef uint32_t BitLanes __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t HalfBits __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+template <typename Out, typename In>
+inline Out bits_as(const In& x) {
+  static_assert(sizeof(Out) == sizeof(In));
+  Out out;
+  std::memcpy(&out, &x, sizeof(out));
+  return out;
+}
+
+inline Lanes splat(float x) {
+  return Lanes{} + x;
+}
+
+inline Lanes load(const float* p) {
+  Lanes x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+inline void store(float* p, Lanes x) {
+  std::memcpy(p, &x, sizeof(x));
+}
+
+inline Lanes larger(Lanes a, Lanes b) {
+  return a > b ? a : b;
+}
+
+inline float sum(Lanes x) {
+  float total = 0;
+  for (int64_t i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+}
+
+inline Lanes iota() {
+  return Lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+}
+
+// e^x for x <= 88 to about one unit in the last place; 0 below -87.3, so exp(-inf) = 0.
+// x = n ln 2 + r with |r| <= ln 2 / 2, then a degree-7 polynomial in r and n added to the exponent.
+inline Lanes exp(Lanes x) {
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  const Lanes shifted = x * 1.44269504088896341f + shift;
+  const Lanes n = shifted - shift;
+  Lanes r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Lanes scaled = bits_as<Lanes>(bits_as<BitLanes>(p) + (bits_as<BitLanes>(shifted) << 23));
+  return x < -87.3f ? Lanes{} : scaled;
+}
+
+// Odd polynomial near zero (no cancellation), 1 - 2 / (e^2|x| + 1) elsewhere.
+inline Lanes tanh(Lanes x) {
+  const Lanes magnitude = x < 0 ? -x : x;
+  const Lanes z = x * x;
+  Lanes p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * z + -5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z + -3.33332819422e-1f;
+  const Lanes near = p * z * x + x;
+  const Lanes clamped = magnitude > 20.0f ? splat(20.0f) : magnitude;
+  const Lanes far = 1.0f - 2.0f / (exp(clamped + clamped) + 1.0f);
+  return magnitude < 0.625f ? near : (x < 0 ? -far : far);
+}
+
+// The upper 16 bits of each float, rounded to nearest even: bfloat16.
+inline BitLanes bfloat16_bits(Lanes x) {
+  const BitLanes bits = bits_as<BitLanes>(x);
+  const BitLanes rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return bits_as<BitLanes>(x == x) != 0u ? rounded : BitLanes{} + 0x7fc0u;
+}
+
+inline Lanes load(const at::BFloat16* p) {
+  HalfBits half;
+  std::memcpy(&half, p, sizeof(half));
+  return bits_as<Lanes>(__builtin_convertvector(half, BitLanes) << 16);
+}
+
+inline void store(at::BFloat16* p, Lanes x) {
+  const HalfBits half = __builtin_convertvector(bfloat16_bits(x), HalfBits);
+  std::memcpy(p, &half, sizeof(half));
+}
+
+template <typename T>
+inline Lanes load_first(const T* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  alignas(64) T padded[kLanes] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  return load(padded);
+}
+
+template <typename T>
+inline void store_first(T* p, Lanes x, int64_t count) {
+  if (count >= kLanes) return store(p, x);
+  alignas(64) T padded[kLanes];
+  store(padded, x);
+  std::memcpy(p, padded, count * sizeof(T));
+}
+
+template <int32_t stage>
+inline void transpose_stage(Lanes* rows) {
+  IntLanes low, high;
+  for (int32_t lane = 0; lane < kLanes; ++lane) {
+    low[lane] = lane & stage ? kLanes + lane - stage : lane;
+    high[lane] = lane & stage ? kLanes + lane : lane + stage;
+  }
+  for (int32_t i = 0; i < kLanes; ++i) {
+    if (i & stage) continue;
+    const Lanes a = rows[i], b = rows[i | stage];
+#if defined(__clang__)
+    for (int32_t lane = 0; lane < kLanes; ++lane) {
+      rows[i][lane] = low[lane] < kLanes ? a[low[lane]] : b[low[lane] - kLanes];
+      rows[i | stage][lane] = high[lane] < kLanes ? a[high[lane]] : b[high[lane] - kLanes];
+    }
+#else
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i | stage] = __builtin_shuffle(a, b, high);
+#endif
+  }
+}
+
+// target[col][row] = source[row][col]; target rows are written up to a multiple of kLanes, zeros past `rows`.
+template <typename In, typename Out>
+inline void transpose_into_padded(const In* source, int64_t source_stride, int64_t rows, int64_t cols, Out* target,
+                                  int64_t target_stride) {
+  Lanes tile[kLanes];
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    for (int64_t col = 0; col < cols; col += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        tile[i] = row + i < rows ? load_first(source + (row + i) * source_stride + col, cols - col) : Lanes{};
+      }
+      transpose_stage<1>(tile);
+      transpose_stage<2>(tile);
+      transpose_stage<4>(tile);
+      transpose_stage<8>(tile);
+      for (int64_t i = 0; i < kLanes && col + i < cols; ++i) store(target + (col + i) * target_stride + row, tile[i]);
+    }
+  }
+}
+
+// target[row][col] = source[col][row] for a source padded to kLanes per row; writes exactly rows × cols.
+template <typename Out>
+inline void transpose_from_padded(const float* source, int64_t source_stride, int64_t rows, int64_t cols, Out* target,
+                                  int64_t target_stride) {
+  Lanes tile[kLanes];
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    for (int64_t col = 0; col < cols; col += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        tile[i] = col + i < cols ? load(source + (col + i) * source_stride + row) : Lanes{};
+      }
+      transpose_stage<1>(tile);
+      transpose_stage<2>(tile);
+      transpose_stage<4>(tile);
+      transpose_stage<8>(tile);
+      for (int64_t i = 0; i < kLanes && row + i < rows; ++i) {
+        store_first(target + (row + i) * target_stride + col, tile[i], cols - col);
+      }
+    }
+  }
+}
+
+}  // namespace stream_lens
