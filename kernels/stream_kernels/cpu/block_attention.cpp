@@ -51,14 +51,6 @@ struct ForwardScratch {
         normaliser(scratch<float>(width)) {}
 };
 
-// score = softcap · tanh(scale · s / softcap), or scale · s where the scale cannot wait for the exponential.
-inline void cap_tile(const Rule& rule, float* tile, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Lanes score = load(tile + i) * rule.scale;
-    store(tile + i, rule.softcap > 0 ? rule.softcap * tanh(score / rule.softcap) : score);
-  }
-}
-
 // Scores of one chunk's tiles into s.scores, and their running maximum per query row into s.row_max.
 template <typename T>
 void score_chunk(const Forward<T>& f, ForwardScratch<T>& s, int64_t b, int64_t h, int64_t i, int64_t first, int64_t last,
@@ -73,7 +65,7 @@ void score_chunk(const Forward<T>& f, ForwardScratch<T>& s, int64_t b, int64_t h
     float* tile = s.scores.template as<float>() + (c - first) * s.tile_size;
     f.gemm(keys, s.width, n.head_dim, f.key.at(b, h / n.groups(), first_key), f.key.stride,
            s.query_columns.template as<T>(), s.width, tile, s.width, false);
-    if (capped) cap_tile(f.rule, tile, keys * s.width);
+    if (capped) scale_and_cap(f.rule, tile, keys * s.width);
     if (tile_visibility(f.rule, key_mask, first_row, rows, first_key, keys) == Visibility::some) {
       mask_tile(f.rule, key_mask, tile, s.width, first_row, first_key, keys);
     }

@@ -131,19 +131,19 @@ def _check(
             f"indices is {indices.dtype} of shape {tuple(indices.shape)}; give int32 or int64 of shape {(*blocks, 'k')}"
         )
     expected = {
-        "gate": (gate, indices.shape),
+        "gate": (gate, tuple(indices.shape)),
         "key_mask": (rule.key_mask, (batch, key_len)),
         "sinks": (rule.sinks, (heads,)),
     }
-    for name, (x, shape) in expected.items():
-        if x is not None and tuple(x.shape) != tuple(shape):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; give {tuple(shape)}")
+    for name, (given, shape) in expected.items():
+        if given is not None and tuple(given.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(given.shape)}; give {shape}")
 
 
 @torch.library.register_fake("stream_lens_cpu::block_attention_forward")
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    floats = {"dtype": torch.float32}
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], **floats), q.new_empty(indices.shape, **floats)
+    logsumexp = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(q.shape), logsumexp, q.new_empty(indices.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("stream_lens_cpu::block_attention_backward")

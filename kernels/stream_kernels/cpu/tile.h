@@ -98,6 +98,14 @@ inline void mask_tile(const Rule& rule, const bool* key_mask, float* tile, int64
   }
 }
 
+// score = softcap · tanh(scale · s / softcap), or scale · s where there is no cap.
+inline void scale_and_cap(const Rule& rule, float* tile, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Lanes score = load(tile + i) * rule.scale;
+    store(tile + i, rule.softcap > 0 ? rule.softcap * tanh(score / rule.softcap) : score);
+  }
+}
+
 // Checks `indices` and numbers the key blocks that some query block keeps: packed_of[(b, kv_head), block], or -1.
 inline std::vector<int32_t> number_kept_blocks(const at::Tensor& indices, const Sizes& n, int64_t* count) {
   std::vector<int32_t> packed_of(n.batch * n.kv_heads * n.k_blocks, -1);
