@@ -29,12 +29,18 @@ struct Forward {
   float *logsumexp, *mass;
 };
 
-// One thread's scratch. `width` is q_block rounded up to whole vectors; `tile_rows` is k_block rounded up to pairs.
+// One thread's scratch. `width` is the query block's rows rounded up to whole vectors (fewer in a ragged last block);
+// `tile_rows` is k_block rounded up to pairs.
 template <typename T>
 struct ForwardScratch {
   int64_t width, tile_rows, chunk, tile_size;
   Scratch query_columns, scores, weights, out_columns, row_sums, row_max, chunk_max, normaliser;
   std::vector<int64_t> kept;
+
+  void fit(int64_t rows) {
+    width = round_up(rows, kLanes);
+    tile_size = width * tile_rows;
+  }
 
   explicit ForwardScratch(const Sizes& n)
       : width(round_up(n.q_block, kLanes)),
@@ -163,6 +169,7 @@ void attend(const Forward<T>& f, ForwardScratch<T>& s, int64_t b, int64_t h, int
   const int64_t bh = b * n.heads + h, rows = n.rows(i), first_row = f.rule.offset + i * n.q_block;
   const int32_t* index = f.indices + (bh * n.q_blocks + i) * n.slots;
   const bool* key_mask = f.rule.key_mask ? f.rule.key_mask + b * n.key_len : nullptr;
+  s.fit(rows);
   s.kept.clear();
   for (int64_t slot = 0; slot < n.slots; ++slot) {
     const int64_t block = index[slot];

@@ -123,6 +123,7 @@ void differentiate(const Backward<T>& f, BackwardScratch<T>& s, int64_t split, i
   const int64_t d = n.head_dim, first_row = f.rule.offset + row;
   const int32_t* index = f.indices + (bh * n.q_blocks + i) * n.slots;
   const bool* key_mask = f.rule.key_mask ? f.rule.key_mask + b * n.key_len : nullptr;
+  s.width = round_up(rows, kLanes);
   pack_columns(f.query.at(b, h, row), f.query.stride, rows, d, s.query_columns.template as<T>(), s.width);
   pack_columns(f.grad_out.at(b, h, row), f.grad_out.stride, rows, d, s.grad_columns.template as<T>(), s.width);
   pack_rows(f.query.at(b, h, row), f.query.stride, rows, d, s.query_rows.template as<T>(), s.width);
