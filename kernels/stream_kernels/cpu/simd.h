@@ -1,4 +1,4 @@
-// Sixteen floats at a time, in the compiler's portable vector types: exp, tanh, bfloat16 and a 16 × 16 transpose.
+// One hardware vector of floats at a time, in the compiler's portable vector types: exp, tanh, bfloat16, transposes.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -9,7 +9,14 @@
 
 namespace stream_lens {
 
+// The hardware's width: wider vectors compile, but comparisons and shuffles then go through memory.
+#if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
+#elif defined(__AVX__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
@@ -54,7 +61,9 @@ inline float sum(Lanes x) {
 }
 
 inline Lanes iota() {
-  return Lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Lanes x{};
+  for (int64_t i = 0; i < kLanes; ++i) x[i] = static_cast<float>(i);
+  return x;
 }
 
 // e^x for x <= 88 to about one unit in the last place; 0 below -87.3, so exp(-inf) = 0.
@@ -123,9 +132,10 @@ inline void store_first(T* p, Lanes x, int64_t count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
-template <int32_t stage>
-inline void transpose_stage(Lanes* rows) {
-  IntLanes low, high;
+// Transposes kLanes × kLanes in place, by swapping ever larger squares off the diagonal.
+template <int32_t stage = 1>
+inline void transpose_tile(Lanes* rows) {
+  IntLanes low{}, high{};
   for (int32_t lane = 0; lane < kLanes; ++lane) {
     low[lane] = lane & stage ? kLanes + lane - stage : lane;
     high[lane] = lane & stage ? kLanes + lane : lane + stage;
@@ -143,6 +153,7 @@ inline void transpose_stage(Lanes* rows) {
     rows[i | stage] = __builtin_shuffle(a, b, high);
 #endif
   }
+  if constexpr (stage * 2 < kLanes) transpose_tile<stage * 2>(rows);
 }
 
 // target[col][row] = source[row][col]; target rows are written up to a multiple of kLanes, zeros past `rows`.
@@ -155,10 +166,7 @@ inline void transpose_into_padded(const In* source, int64_t source_stride, int64
       for (int64_t i = 0; i < kLanes; ++i) {
         tile[i] = row + i < rows ? load_first(source + (row + i) * source_stride + col, cols - col) : Lanes{};
       }
-      transpose_stage<1>(tile);
-      transpose_stage<2>(tile);
-      transpose_stage<4>(tile);
-      transpose_stage<8>(tile);
+      transpose_tile(tile);
       for (int64_t i = 0; i < kLanes && col + i < cols; ++i) store(target + (col + i) * target_stride + row, tile[i]);
     }
   }
@@ -174,10 +182,7 @@ inline void transpose_from_padded(const float* source, int64_t source_stride, in
       for (int64_t i = 0; i < kLanes; ++i) {
         tile[i] = col + i < cols ? load(source + (col + i) * source_stride + row) : Lanes{};
       }
-      transpose_stage<1>(tile);
-      transpose_stage<2>(tile);
-      transpose_stage<4>(tile);
-      transpose_stage<8>(tile);
+      transpose_tile(tile);
       for (int64_t i = 0; i < kLanes && row + i < rows; ++i) {
         store_first(target + (row + i) * target_stride + col, tile[i], cols - col);
       }

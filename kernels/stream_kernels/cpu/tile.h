@@ -1,7 +1,7 @@
 // What forward and backward share: the score rule, a tile's visibility, block packing, scratch memory, the work queue.
 //
 // A tile holds the scores of one query block against one key block, transposed: [keys of the block][query rows],
-// rows padded to a multiple of kLanes. So maxima, sums and logsumexp run down the tile, sixteen query rows at a
+// rows padded to a multiple of kLanes. So maxima, sums and logsumexp run down the tile, a vector of query rows at a
 // time, and never across a vector.
 #pragma once
 
@@ -161,10 +161,7 @@ inline void pack_columns(const at::BFloat16* rows, int64_t stride, int64_t count
         tile[i] = Lanes{};
         if (row + i < count) std::memcpy(&tile[i], rows + (row + i) * stride + col, cells * sizeof(float));
       }
-      transpose_stage<1>(tile);
-      transpose_stage<2>(tile);
-      transpose_stage<4>(tile);
-      transpose_stage<8>(tile);
+      transpose_tile(tile);
       for (int64_t i = 0; i < cells; ++i) std::memcpy(target + ((col / 2 + i) * width + row) * 2, &tile[i], sizeof(Lanes));
     }
   }
