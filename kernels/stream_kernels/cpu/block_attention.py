@@ -9,36 +9,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stream_kernels.cpu import build
+from stream_kernels.cpu.library import define, require_cpu_operators
 from stream_kernels.rule import ScoreRule
 
 _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor indices, int q_block, int k_block, float scale, int offset, int? window, "
     "float? softcap, Tensor? key_mask, Tensor? sinks, Tensor? gate"
 )
-_library = torch.library.Library("stream_lens_cpu", "DEF")
-_library.define(f"block_attention_forward({_OPERANDS}) -> (Tensor, Tensor, Tensor)")
-_library.define(
+define(f"block_attention_forward({_OPERANDS}) -> (Tensor, Tensor, Tensor)")
+define(
     f"block_attention_backward({_OPERANDS}, Tensor logsumexp, Tensor out, Tensor grad_out) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-
-_state: tuple[bool, str] | None = None
-
-
-def cpu_available() -> tuple[bool, str]:
-    """Whether the C++ operator is live, and the reason. The first call builds and loads it; it never raises."""
-    global _state
-    if _state is None:
-        try:
-            _state = (True, build.load())
-        except build.BuildError as error:
-            _state = (False, str(error))
-    return _state
-
-
-# Inside torch.compile the answer is a constant, found by calling the function: it must not trace the build.
-cpu_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cpu_block_attention_forward(
@@ -108,9 +90,7 @@ def _check(
     k_block: int,
     gate: Tensor | None,
 ) -> None:
-    live, reason = cpu_available()
-    if not live:
-        raise RuntimeError(f"the C++ operator of block attention is not available: {reason}; use the torch path")
+    require_cpu_operators()
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.device.type != "cpu":
             raise ValueError(f"{name} is on {x.device}; the C++ operator takes CPU tensors")

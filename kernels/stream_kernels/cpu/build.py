@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -17,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import include_paths, library_paths
 
 log = logging.getLogger("stream_kernels.cpu")
 
 SOURCE_FOLDER = Path(__file__).parent
+TORCH_FOLDER = Path(torch.__file__).parent  # torch.utils.cpp_extension knows the same paths, but needs setuptools
 # torch names the vector instructions it uses here (ATEN_CPU_CAPABILITY included); the operator follows it.
 CAPABILITY_FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma"],
@@ -67,11 +66,10 @@ def compile_flags() -> list[str]:
 
 def link_flags() -> list[str]:
     """Links torch, and the OpenMP runtime torch itself loaded: a second one would ignore torch.set_num_threads."""
-    folders = [Path(folder) for folder in library_paths()]
-    torch_root = Path(torch.__file__).parent
-    bundled = [path for folder in (*folders, torch_root.parent / "torch.libs") for path in folder.glob("libgomp*.so*")]
-    openmp = [str(bundled[0])] if bundled else ["-fopenmp"]
-    return [*(f"-L{folder}" for folder in folders), "-ltorch_cpu", "-lc10", *openmp]
+    folder = TORCH_FOLDER / "lib"
+    bundled = [*folder.glob("libgomp*.so*"), *(TORCH_FOLDER.parent / "torch.libs").glob("libgomp*.so*")]
+    openmp = str(bundled[0]) if bundled else "-fopenmp"
+    return [f"-L{folder}", "-ltorch_cpu", "-lc10", openmp]
 
 
 def build_key(compiler: list[str], sources: list[Path]) -> str:
@@ -88,6 +86,8 @@ def build_key(compiler: list[str], sources: list[Path]) -> str:
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[None]:
     """Lets one process at a time past; released by the system if the process dies."""
+    import fcntl  # absent on Windows, where importing this file must still work
+
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -105,7 +105,8 @@ def run_compiler(command: list[str]) -> None:
 
 def compile_into(target: Path, compiler: list[str], sources: list[Path]) -> None:
     """Compiles in a temporary sibling folder and moves the finished library to ``target``."""
-    includes = [flag for path in include_paths() for flag in ("-isystem", path)]
+    headers = TORCH_FOLDER / "include"
+    includes = ["-isystem", str(headers), "-isystem", str(headers / "torch" / "csrc" / "api" / "include")]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
         commands = [
@@ -135,7 +136,7 @@ def build() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(folder / "lock"):
             if not target.exists():
-                log.warning("stream_lens: building the CPU operator, once, about 20 s, into %s", target)
+                log.warning("stream_lens: building the CPU operator, once, about 10 s, into %s", target)
                 compile_into(target, compiler, sources)
     except OSError as error:
         raise BuildError(f"the C++ operator cannot be built in {folder}: {error}; set STREAM_LENS_CACHE") from error
@@ -148,5 +149,5 @@ def load() -> str:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise BuildError(f"the C++ operator {path} does not load: {error}") from error
+        raise BuildError(f"the C++ operator {path} does not load: {error.__cause__ or error}") from error
     return f"C++ operator for {torch.backends.cpu.get_cpu_capability()}, {path}"

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 namespace stream_lens {
 
@@ -132,26 +133,30 @@ inline void store_first(T* p, Lanes x, int64_t count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
+// Lane by lane from a (index below kLanes) or b (index above).
+template <int32_t... index>
+inline Lanes shuffle(Lanes a, Lanes b, std::integer_sequence<int32_t, index...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, index...);
+#else
+  return __builtin_shuffle(a, b, IntLanes{index...});  // GCC below 12
+#endif
+}
+
+template <int32_t stage, int32_t... lane>
+inline void swap_squares(Lanes& a, Lanes& b, std::integer_sequence<int32_t, lane...>) {
+  using Low = std::integer_sequence<int32_t, (lane & stage ? int32_t{kLanes} + lane - stage : lane)...>;
+  using High = std::integer_sequence<int32_t, (lane & stage ? int32_t{kLanes} + lane : lane + stage)...>;
+  const Lanes first = a, second = b;
+  a = shuffle(first, second, Low{});
+  b = shuffle(first, second, High{});
+}
+
 // Transposes kLanes × kLanes in place, by swapping ever larger squares off the diagonal.
 template <int32_t stage = 1>
 inline void transpose_tile(Lanes* rows) {
-  IntLanes low{}, high{};
-  for (int32_t lane = 0; lane < kLanes; ++lane) {
-    low[lane] = lane & stage ? kLanes + lane - stage : lane;
-    high[lane] = lane & stage ? kLanes + lane : lane + stage;
-  }
   for (int32_t i = 0; i < kLanes; ++i) {
-    if (i & stage) continue;
-    const Lanes a = rows[i], b = rows[i | stage];
-#if defined(__clang__)
-    for (int32_t lane = 0; lane < kLanes; ++lane) {
-      rows[i][lane] = low[lane] < kLanes ? a[low[lane]] : b[low[lane] - kLanes];
-      rows[i | stage][lane] = high[lane] < kLanes ? a[high[lane]] : b[high[lane] - kLanes];
-    }
-#else
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i | stage] = __builtin_shuffle(a, b, high);
-#endif
+    if (!(i & stage)) swap_squares<stage>(rows[i], rows[i | stage], std::make_integer_sequence<int32_t, kLanes>{});
   }
   if constexpr (stage * 2 < kLanes) transpose_tile<stage * 2>(rows);
 }
