@@ -161,13 +161,15 @@ void differentiate(const Backward<T>& f, BackwardScratch<T>& s, int64_t split, i
   transpose_from_padded(dq_columns, s.width, rows, d, f.dq + (bh * n.query_len + row) * d, d);
 }
 
-// Query ranges that accumulate dk and dv apart, so that threads never write the same row: enough to keep all
-// threads busy beside batch · kv_heads, within kExtraBytes.
+// Query ranges that accumulate dk and dv apart, so that threads never write the same row: the fewest that share
+// batch · kv_heads · splits items evenly among the threads (or are many), within kExtraBytes.
 int64_t count_splits(const Sizes& n) {
-  const int64_t heads = n.batch * n.kv_heads, wanted = (2 * at::get_num_threads() + heads - 1) / heads;
+  const int64_t heads = n.batch * n.kv_heads, threads = at::get_num_threads();
   const int64_t bytes = std::max<int64_t>(1, 2 * sizeof(float) * heads * n.key_len * n.head_dim);
-  const int64_t most = std::min(n.q_blocks, 1 + kExtraBytes / bytes);
-  return at::get_num_threads() == 1 ? 1 : std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1));
+  const int64_t most = std::max<int64_t>(1, std::min(n.q_blocks, 1 + kExtraBytes / bytes));
+  int64_t splits = 1;
+  while (splits < most && heads * splits % threads != 0 && heads * splits < 4 * threads) ++splits;
+  return splits;
 }
 
 template <typename T>
