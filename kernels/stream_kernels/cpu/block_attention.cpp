@@ -59,18 +59,19 @@ struct ForwardScratch {
 
 // Scores of one chunk's tiles into s.scores, and their running maximum per query row into s.row_max.
 template <typename T>
-void score_chunk(const Forward<T>& f, ForwardScratch<T>& s, int64_t b, int64_t h, int64_t i, int64_t first, int64_t last,
-                 bool capped, float scale) {
+void score_chunk(const Forward<T>& f, ForwardScratch<T>& s, int64_t b, int64_t h, int64_t i, int64_t first,
+                 int64_t last, bool capped, float scale) {
   const Sizes& n = f.n;
   const int64_t first_row = f.rule.offset + i * n.q_block, rows = n.rows(i);
+  const int64_t kv = h / n.groups();
   const bool* key_mask = f.rule.key_mask ? f.rule.key_mask + b * n.key_len : nullptr;
   const int32_t* index = f.indices + ((b * n.heads + h) * n.q_blocks + i) * n.slots;
   float* row_max = s.row_max.template as<float>();
   for (int64_t c = first; c < last; ++c) {
     const int64_t block = index[s.kept[c]], first_key = block * n.k_block, keys = n.keys(block);
     float* tile = s.scores.template as<float>() + (c - first) * s.tile_size;
-    f.gemm(keys, s.width, n.head_dim, f.key.at(b, h / n.groups(), first_key), f.key.stride,
-           s.query_columns.template as<T>(), s.width, tile, s.width, false);
+    f.gemm(keys, s.width, n.head_dim, f.key.at(b, kv, first_key), f.key.stride, s.query_columns.template as<T>(),
+           s.width, tile, s.width, false);
     if (capped) scale_and_cap(f.rule, tile, keys * s.width);
     if (tile_visibility(f.rule, key_mask, first_row, rows, first_key, keys) == Visibility::some) {
       mask_tile(f.rule, key_mask, tile, s.width, first_row, first_key, keys);
@@ -90,8 +91,8 @@ void score_chunk(const Forward<T>& f, ForwardScratch<T>& s, int64_t b, int64_t h
 
 // exp(score - max) of one tile: its sums per row into `row_sums`, gated into `weights` as a B operand.
 template <typename T>
-inline void weigh_tile(const float* tile, int64_t width, int64_t keys, int64_t tile_rows, const float* row_max, float scale,
-                       float gate, float* row_sums, T* weights) {
+inline void weigh_tile(const float* tile, int64_t width, int64_t keys, int64_t tile_rows, const float* row_max,
+                       float scale, float gate, float* row_sums, T* weights) {
   for (int64_t lane = 0; lane < width; lane += kLanes) {
     const Lanes most = load(row_max + lane);
     const Lanes shift = most == -kInf ? Lanes{} : most;
@@ -160,7 +161,8 @@ void finish(const Forward<T>& f, ForwardScratch<T>& s, int64_t bh, int64_t i) {
       store(out + c * s.width + lane, value);
     }
   }
-  transpose_from_padded(out, s.width, rows, n.head_dim, f.out + (bh * n.query_len + i * n.q_block) * n.head_dim, n.head_dim);
+  transpose_from_padded(out, s.width, rows, n.head_dim, f.out + (bh * n.query_len + i * n.q_block) * n.head_dim,
+                        n.head_dim);
 }
 
 template <typename T>
@@ -180,7 +182,8 @@ void attend(const Forward<T>& f, ForwardScratch<T>& s, int64_t b, int64_t h, int
   float *row_max = s.row_max.template as<float>(), *normaliser = s.normaliser.template as<float>();
   std::fill_n(row_max, s.width, f.sinks ? f.sinks[h] : -kInf);
   std::fill_n(normaliser, s.width, f.sinks ? 1.0f : 0.0f);
-  pack_columns(f.query.at(b, h, i * n.q_block), f.query.stride, rows, n.head_dim, s.query_columns.template as<T>(), s.width);
+  pack_columns(f.query.at(b, h, i * n.q_block), f.query.stride, rows, n.head_dim, s.query_columns.template as<T>(),
+               s.width);
 
   const bool capped = f.rule.softcap > 0 || f.rule.scale <= 0;
   const float scale = capped ? 1.0f : f.rule.scale;
@@ -196,8 +199,8 @@ void attend(const Forward<T>& f, ForwardScratch<T>& s, int64_t b, int64_t h, int
     for (int64_t c = first; c < last; ++c) {
       const int64_t slot = s.kept[c], block = index[slot];
       float* row_sums = s.row_sums.template as<float>() + c * s.width;
-      weigh_tile(s.scores.template as<float>() + (c - first) * s.tile_size, s.width, n.keys(block), s.tile_rows, row_max,
-                 scale, f.gate ? f.gate[(bh * n.q_blocks + i) * n.slots + slot] : 1.0f, row_sums,
+      weigh_tile(s.scores.template as<float>() + (c - first) * s.tile_size, s.width, n.keys(block), s.tile_rows,
+                 row_max, scale, f.gate ? f.gate[(bh * n.q_blocks + i) * n.slots + slot] : 1.0f, row_sums,
                  s.weights.template as<T>());
       f.gemm(n.head_dim, s.width, s.tile_rows, f.value_columns + packed_of[block] * value_size, f.value_stride,
              s.weights.template as<T>(), s.width, s.out_columns.template as<float>(), s.width, c > 0);
@@ -215,9 +218,20 @@ void run_forward(const Operands& x, at::Tensor& out, at::Tensor& logsumexp, at::
   int64_t count = 0;
   const std::vector<int32_t> packed_of = number_kept_blocks(x.indices, n, &count);
   const Scratch values = pack_transposed<T>(x.v, n, packed_of, count);
-  const Forward<T> f{n, x.rule, Gemm<T>{has_brgemm<T>()}, Rows<const T>(x.q), Rows<const T>(x.k), values.as<T>(),
-                     round_up(n.k_block, kLanes), packed_of, x.indices.const_data_ptr<int32_t>(), x.gate_data(),
-                     x.sinks_data(), out.data_ptr<T>(), logsumexp.data_ptr<float>(), mass.data_ptr<float>()};
+  const Forward<T> f{n,
+                     x.rule,
+                     Gemm<T>{has_brgemm<T>()},
+                     Rows<const T>(x.q),
+                     Rows<const T>(x.k),
+                     values.as<T>(),
+                     round_up(n.k_block, kLanes),
+                     packed_of,
+                     x.indices.const_data_ptr<int32_t>(),
+                     x.gate_data(),
+                     x.sinks_data(),
+                     out.data_ptr<T>(),
+                     logsumexp.data_ptr<float>(),
+                     mass.data_ptr<float>()};
   share_out(n.batch * n.heads * n.q_blocks, [&](const auto& next) {
     ForwardScratch<T> s(n);
     for (int64_t item = next(); item >= 0; item = next()) {
@@ -231,10 +245,12 @@ void run_forward(const Operands& x, at::Tensor& out, at::Tensor& logsumexp, at::
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> block_attention_forward(STREAM_LENS_OPERANDS) {
-  const Operands x = make_operands(q, k, v, indices, q_block, k_block, scale, offset, window, softcap, key_mask, sinks, gate);
+  const Operands x =
+      make_operands(q, k, v, indices, q_block, k_block, scale, offset, window, softcap, key_mask, sinks, gate);
   const Sizes& n = x.sizes;
   const auto floats = x.q.options().dtype(at::kFloat);
   at::Tensor out = at::empty({n.batch, n.heads, n.query_len, n.head_dim}, x.q.options());
+  prefer_huge_pages(out.data_ptr(), out.nbytes());
   at::Tensor logsumexp = at::empty({n.batch, n.heads, n.query_len}, floats);
   at::Tensor mass = at::zeros({n.batch, n.heads, n.q_blocks, n.slots}, floats);
   if (x.q.scalar_type() == at::kFloat) {

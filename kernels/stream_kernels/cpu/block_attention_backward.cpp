@@ -54,10 +54,13 @@ struct BackwardScratch {
 };
 
 // Query rows as the B operand of a product over rows, zeros up to `width` rows.
-inline void pack_rows(const float* rows, int64_t stride, int64_t count, int64_t head_dim, float* target, int64_t width) {
+inline void pack_rows(const float* rows, int64_t stride, int64_t count, int64_t head_dim, float* target,
+                      int64_t width) {
   for (int64_t row = 0; row < width; ++row) {
-    if (row < count) std::copy_n(rows + row * stride, head_dim, target + row * head_dim);
-    else std::fill_n(target + row * head_dim, head_dim, 0.0f);
+    if (row < count)
+      std::copy_n(rows + row * stride, head_dim, target + row * head_dim);
+    else
+      std::fill_n(target + row * head_dim, head_dim, 0.0f);
   }
 }
 
@@ -142,16 +145,17 @@ void differentiate(const Backward<T>& f, BackwardScratch<T>& s, int64_t split, i
     const int64_t first_key = block * n.k_block, keys = n.keys(block);
     const Visibility seen = tile_visibility(f.rule, key_mask, first_row, rows, first_key, keys);
     if (seen == Visibility::none) continue;
-    f.gemm(keys, s.width, d, f.key.at(b, kv, first_key), f.key.stride, s.query_columns.template as<T>(), s.width, scores,
-           s.width, false);
-    f.gemm(keys, s.width, d, f.value.at(b, kv, first_key), f.value.stride, s.grad_columns.template as<T>(), s.width, grads,
-           s.width, false);
+    f.gemm(keys, s.width, d, f.key.at(b, kv, first_key), f.key.stride, s.query_columns.template as<T>(), s.width,
+           scores, s.width, false);
+    f.gemm(keys, s.width, d, f.value.at(b, kv, first_key), f.value.stride, s.grad_columns.template as<T>(), s.width,
+           grads, s.width, false);
     scale_and_cap(f.rule, scores, keys * s.width);
     if (seen == Visibility::some) mask_tile(f.rule, key_mask, scores, s.width, first_row, first_key, keys);
     const int64_t at = (bh * n.q_blocks + i) * n.slots + slot;
     f.dgate[at] = differentiate_tile(f, s, keys, f.gate ? f.gate[at] : 1.0f);
     const int64_t target = (((split * n.batch + b) * n.kv_heads + kv) * n.key_len + first_key) * d;
-    f.gemm(keys, d, s.width, s.weights.template as<T>(), s.width, s.grad_rows.template as<T>(), d, f.dv + target, d, true);
+    f.gemm(keys, d, s.width, s.weights.template as<T>(), s.width, s.grad_rows.template as<T>(), d, f.dv + target, d,
+           true);
     f.gemm(keys, d, s.width, s.score_rows.template as<T>(), s.width, s.query_rows.template as<T>(), d, f.dk + target, d,
            true);
     const int64_t packed = f.packed_of[(b * n.kv_heads + kv) * n.k_blocks + block];
@@ -179,10 +183,24 @@ void run_backward(const Operands& x, const at::Tensor& logsumexp, const at::Tens
   int64_t count = 0;
   const std::vector<int32_t> packed_of = number_kept_blocks(x.indices, n, &count);
   const Scratch keys = pack_transposed<T>(x.k, n, packed_of, count);
-  const Backward<T> f{n, x.rule, Gemm<T>{has_brgemm<T>()}, Rows<const T>(x.q), Rows<const T>(x.k), Rows<const T>(x.v),
-                      Rows<const T>(out), Rows<const T>(grad_out), keys.as<T>(), round_up(n.k_block, kLanes), packed_of,
-                      x.indices.const_data_ptr<int32_t>(), x.gate_data(), logsumexp.const_data_ptr<float>(),
-                      dq.data_ptr<T>(), dk.data_ptr<float>(), dv.data_ptr<float>(), dgate.data_ptr<float>()};
+  const Backward<T> f{n,
+                      x.rule,
+                      Gemm<T>{has_brgemm<T>()},
+                      Rows<const T>(x.q),
+                      Rows<const T>(x.k),
+                      Rows<const T>(x.v),
+                      Rows<const T>(out),
+                      Rows<const T>(grad_out),
+                      keys.as<T>(),
+                      round_up(n.k_block, kLanes),
+                      packed_of,
+                      x.indices.const_data_ptr<int32_t>(),
+                      x.gate_data(),
+                      logsumexp.const_data_ptr<float>(),
+                      dq.data_ptr<T>(),
+                      dk.data_ptr<float>(),
+                      dv.data_ptr<float>(),
+                      dgate.data_ptr<float>()};
   const int64_t splits = dk.size(0), heads = n.batch * n.kv_heads;
   share_out(splits * heads, [&](const auto& next) {
     BackwardScratch<T> s(n);
@@ -202,14 +220,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> block_attention_backw
                                                                                     const at::Tensor& logsumexp,
                                                                                     const at::Tensor& out,
                                                                                     const at::Tensor& grad_out) {
-  const Operands x = make_operands(q, k, v, indices, q_block, k_block, scale, offset, window, softcap, key_mask, sinks, gate);
+  const Operands x =
+      make_operands(q, k, v, indices, q_block, k_block, scale, offset, window, softcap, key_mask, sinks, gate);
   const Sizes& n = x.sizes;
   const auto floats = x.q.options().dtype(at::kFloat);
   const at::ScalarType dtype = x.q.scalar_type();
   const at::Tensor lse = logsumexp.to(at::kFloat).contiguous();
   const at::Tensor z = rows_contiguous(out.to(dtype)), dz = rows_contiguous(grad_out.to(dtype));
   at::Tensor dq = at::empty({n.batch, n.heads, n.query_len, n.head_dim}, x.q.options());
-  at::Tensor dk = at::zeros({count_splits(n), n.batch, n.kv_heads, n.key_len, n.head_dim}, floats), dv = at::zeros_like(dk);
+  at::Tensor dk = at::zeros({count_splits(n), n.batch, n.kv_heads, n.key_len, n.head_dim}, floats),
+             dv = at::zeros_like(dk);
   at::Tensor dgate = at::zeros({n.batch, n.heads, n.q_blocks, n.slots}, floats);
   if (dtype == at::kFloat) {
     run_backward<float>(x, lse, z, dz, dq, dk, dv, dgate);

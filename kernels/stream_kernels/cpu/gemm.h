@@ -31,8 +31,8 @@ inline bool has_brgemm() {
 }
 
 // The product without brgemm: four rows of C by two vectors at a time, kept in registers over k.
-inline void plain_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                       float* c, int64_t c_stride, bool add) {
+inline void plain_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b,
+                       int64_t b_stride, float* c, int64_t c_stride, bool add) {
   constexpr int64_t kRows = 4;
   for (int64_t col = 0; col < n; col += 2 * kLanes) {
     const int64_t left = std::min(kLanes, n - col), right = std::clamp<int64_t>(n - col - kLanes, 0, kLanes);

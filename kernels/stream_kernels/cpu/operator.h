@@ -8,10 +8,10 @@
 #include "tile.h"
 
 // Must match the schemas in block_attention.py.
-#define STREAM_LENS_OPERANDS                                                                                          \
-  const at::Tensor &q, const at::Tensor &k, const at::Tensor &v, const at::Tensor &indices, int64_t q_block,           \
-      int64_t k_block, double scale, int64_t offset, std::optional<int64_t> window, std::optional<double> softcap,     \
-      const std::optional<at::Tensor>&key_mask, const std::optional<at::Tensor>&sinks,                                 \
+#define STREAM_LENS_OPERANDS                                                                                       \
+  const at::Tensor &q, const at::Tensor &k, const at::Tensor &v, const at::Tensor &indices, int64_t q_block,       \
+      int64_t k_block, double scale, int64_t offset, std::optional<int64_t> window, std::optional<double> softcap, \
+      const std::optional<at::Tensor>&key_mask, const std::optional<at::Tensor>&sinks,                             \
       const std::optional<at::Tensor>&gate
 
 namespace stream_lens {
@@ -46,10 +46,20 @@ inline Operands make_operands(STREAM_LENS_OPERANDS) {
   x.sinks = contiguous_as(sinks, at::kFloat);
   x.gate = contiguous_as(gate, at::kFloat);
   const int64_t query_len = q.size(2), key_len = k.size(2);
-  x.sizes = Sizes{q.size(0), q.size(1), k.size(1), query_len, key_len, q.size(3), q_block, k_block,
-                  (query_len + q_block - 1) / q_block, (key_len + k_block - 1) / k_block, indices.size(3)};
-  x.rule = Rule{static_cast<float>(scale), offset, window.value_or(key_len + query_len + offset),
-                static_cast<float>(softcap.value_or(0)), x.key_mask.defined() ? x.key_mask.const_data_ptr<bool>() : nullptr};
+  x.sizes = Sizes{q.size(0),
+                  q.size(1),
+                  k.size(1),
+                  query_len,
+                  key_len,
+                  q.size(3),
+                  q_block,
+                  k_block,
+                  (query_len + q_block - 1) / q_block,
+                  (key_len + k_block - 1) / k_block,
+                  indices.size(3)};
+  x.rule =
+      Rule{static_cast<float>(scale), offset, window.value_or(key_len + query_len + offset),
+           static_cast<float>(softcap.value_or(0)), x.key_mask.defined() ? x.key_mask.const_data_ptr<bool>() : nullptr};
   return x;
 }
 

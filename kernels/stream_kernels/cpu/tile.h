@@ -8,6 +8,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -31,8 +33,8 @@ struct Sizes {
 struct Rule {
   float scale;
   int64_t offset;
-  int64_t window;  // key_len + query_len + offset when there is none: never hides anything
-  float softcap;   // 0 when there is none
+  int64_t window;        // key_len + query_len + offset when there is none: never hides anything
+  float softcap;         // 0 when there is none
   const bool* key_mask;  // [batch, key] contiguous, or null
 };
 
@@ -46,14 +48,24 @@ struct Rows {  // one [batch, head, row, d] tensor whose last dimension is conti
   T* at(int64_t b, int64_t h, int64_t row) const { return data + b * batch_stride + h * head_stride + row * stride; }
 };
 
+// Asks for 2 MiB pages: fresh memory costs a fault per page, and kept blocks lie all over it.
+inline void prefer_huge_pages(void* memory, int64_t bytes) {
+  const uintptr_t page = uintptr_t{2} << 20, begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
 struct Scratch {  // 64-byte aligned, uninitialised
   std::unique_ptr<void, decltype(&std::free)> memory;
 
   explicit Scratch(size_t bytes) : memory(std::aligned_alloc(64, round_up(bytes + 1, 64)), &std::free) {
     TORCH_CHECK(memory, "block attention could not allocate ", bytes, " bytes of scratch memory");
+    prefer_huge_pages(memory.get(), bytes);
   }
   template <typename T>
-  T* as() const { return static_cast<T*>(memory.get()); }
+  T* as() const {
+    return static_cast<T*>(memory.get());
+  }
 };
 
 template <typename T>
@@ -117,8 +129,8 @@ inline std::vector<int32_t> number_kept_blocks(const at::Tensor& indices, const 
     for (int64_t s = 0; s < per_head; ++s) {
       const int32_t block = index[bh * per_head + s];
       if (block < 0) continue;
-      TORCH_CHECK_VALUE(block < n.k_blocks, "indices names key block ", block, ", but ", n.key_len, " keys in blocks of ",
-                        n.k_block, " make ", n.k_blocks, " blocks; indices must lie below that");
+      TORCH_CHECK_VALUE(block < n.k_blocks, "indices names key block ", block, ", but ", n.key_len,
+                        " keys in blocks of ", n.k_block, " make ", n.k_blocks, " blocks; indices must lie below that");
       if (packed[block] < 0) packed[block] = (*count)++;
     }
   }
@@ -127,7 +139,8 @@ inline std::vector<int32_t> number_kept_blocks(const at::Tensor& indices, const 
 
 // Every kept block of x [batch, kv_head, key, d] transposed to [d][key_stride], zeros past its last key.
 template <typename T>
-inline Scratch pack_transposed(const at::Tensor& x, const Sizes& n, const std::vector<int32_t>& packed_of, int64_t count) {
+inline Scratch pack_transposed(const at::Tensor& x, const Sizes& n, const std::vector<int32_t>& packed_of,
+                               int64_t count) {
   const int64_t key_stride = round_up(n.k_block, kLanes), size = n.head_dim * key_stride;
   Scratch packed = scratch<T>(count * size);
   const Rows<const T> rows(x);
@@ -146,12 +159,13 @@ inline Scratch pack_transposed(const at::Tensor& x, const Sizes& n, const std::v
 }
 
 // Rows [rows][d] as the B operand of a product over d: [d][width], or bfloat16 pairs [d / 2][width][2].
-inline void pack_columns(const float* rows, int64_t stride, int64_t count, int64_t head_dim, float* target, int64_t width) {
+inline void pack_columns(const float* rows, int64_t stride, int64_t count, int64_t head_dim, float* target,
+                         int64_t width) {
   transpose_into_padded(rows, stride, count, head_dim, target, width);
 }
 
-inline void pack_columns(const at::BFloat16* rows, int64_t stride, int64_t count, int64_t head_dim, at::BFloat16* target,
-                         int64_t width) {
+inline void pack_columns(const at::BFloat16* rows, int64_t stride, int64_t count, int64_t head_dim,
+                         at::BFloat16* target, int64_t width) {
   // One pair of bfloat16 is one 32-bit cell; memcpy-based loads carry its bits unchanged.
   Lanes tile[kLanes];
   for (int64_t row = 0; row < count; row += kLanes) {
@@ -162,7 +176,8 @@ inline void pack_columns(const at::BFloat16* rows, int64_t stride, int64_t count
         if (row + i < count) std::memcpy(&tile[i], rows + (row + i) * stride + col, cells * sizeof(float));
       }
       transpose_tile(tile);
-      for (int64_t i = 0; i < cells; ++i) std::memcpy(target + ((col / 2 + i) * width + row) * 2, &tile[i], sizeof(Lanes));
+      for (int64_t i = 0; i < cells; ++i)
+        std::memcpy(target + ((col / 2 + i) * width + row) * 2, &tile[i], sizeof(Lanes));
     }
   }
 }
