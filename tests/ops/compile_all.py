@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from stream_kernels.block_attention.configs import compile_constants
 from stream_kernels.block_attention.forward import _block_attention_fwd_kernel
+from stream_kernels.block_attention.key_gradient import _key_gradient_kernel
+from stream_kernels.block_attention.query_gradient import _query_gradient_kernel
 from stream_kernels.launch import ENABLE_FP_FUSION
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,7 +38,11 @@ TARGETS = {
 }
 # Bytes one block may have. The sm_80 tiles also serve sm_86, sm_89 and sm_120, which have 99 KiB.
 SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-KERNELS: dict[str, Any] = {"forward": _block_attention_fwd_kernel}
+KERNELS: dict[str, Any] = {
+    "forward": _block_attention_fwd_kernel,
+    "query_gradient": _query_gradient_kernel,
+    "key_gradient": _key_gradient_kernel,
+}
 HEAD_DIMS = (64, 80, 96, 128, 256)
 BLOCKS = (16, 32, 64, 128)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -60,7 +65,7 @@ class Case:
 class Report:
     case: Case
     registers: int
-    spilled: int  # bytes on the stack (NVIDIA), spilled registers (AMD)
+    spilled: int  # bytes on the stack; on AMD the spilled registers are added
     shared: int
 
     @property
@@ -153,7 +158,7 @@ def _amd_report(case: Case, compiled: Any) -> Report:
         return int(found.group(1))
 
     registers = number("vgpr_count")
-    spilled = number("vgpr_spill_count") + number("sgpr_spill_count")
+    spilled = number("vgpr_spill_count") + number("private_segment_fixed_size")
     return Report(case, registers, spilled, max(compiled.metadata.shared, number("group_segment_fixed_size")))
 
 

@@ -86,7 +86,7 @@ def _block_attention_fwd_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     scratch = scratch_ptr + program.to(tl.int64) * steps * TILE_ROWS
 
-    for turn in range(0, (tiles - program + programs - 1) // programs):
+    for turn in range((tiles - program + programs - 1) // programs):
         tile = program + turn * programs
         block_row = tile // ROW_PARTS
         q_index, batch_head = block_row % q_blocks, block_row // q_blocks
@@ -113,7 +113,7 @@ def _block_attention_fwd_kernel(
 
         used_steps = tl.load(used_slots_ptr + block_row) * KEY_PARTS
         used_steps = tl.where(first_row < query_len, used_steps, 0)
-        for step in range(0, used_steps):
+        for step in range(used_steps):
             block = tl.load(indices_ptr + slot_base + step // KEY_PARTS)
             key_in_block = (step % KEY_PARTS) * TILE_KEYS + keys
             first_key = block * K_BLOCK + (step % KEY_PARTS) * TILE_KEYS

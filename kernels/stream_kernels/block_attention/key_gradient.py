@@ -101,7 +101,7 @@ def _key_gradient_kernel(
     dv = tl.zeros([TILE_KEYS, D_PAD], tl.float32)
     first_entry = tl.load(item_first_ptr + item)
     steps = (tl.load(item_last_ptr + item) - first_entry) * ROW_PARTS
-    for step in range(0, steps):
+    for step in range(steps):
         entry = tl.load(entries_ptr + first_entry + step // ROW_PARTS)
         block_row = entry // slots
         q_index, batch_query_head = block_row % q_blocks, (block_row // q_blocks).to(tl.int64)
@@ -153,8 +153,8 @@ def key_gradient(
     call: Call, inverted: Inverted, grad_out: Tensor, logsumexp: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``dk`` and ``dv``, [batch, kv_head, key, d_head]."""
-    batch, heads, query_len, d_head = call.q.shape
-    kv_heads, key_len = call.k.shape[1], call.k.shape[2]
+    query_len = call.q.shape[2]
+    batch, kv_heads, key_len, d_head = call.k.shape
     constants = compile_constants(
         "key_gradient",
         call.architecture,

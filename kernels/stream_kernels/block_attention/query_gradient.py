@@ -113,7 +113,7 @@ def _query_gradient_kernel(
     dq = tl.zeros([TILE_ROWS, D_PAD], tl.float32)
     used_steps = tl.load(used_slots_ptr + block_row) * KEY_PARTS
     used_steps = tl.where(first_row < query_len, used_steps, 0)
-    for step in range(0, used_steps):
+    for step in range(used_steps):
         block = tl.load(indices_ptr + slot_base + step // KEY_PARTS)
         key_in_block = (step % KEY_PARTS) * TILE_KEYS + keys
         first_key = block * K_BLOCK + (step % KEY_PARTS) * TILE_KEYS
@@ -143,7 +143,7 @@ def _query_gradient_kernel(
 def query_gradient(
     call: Call, out: Tensor, grad_out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``dq`` [batch, head, query, d_head], ``delta`` [batch, head, query] float32 and ``dgate`` (None without a gate)."""
+    """``dq`` like q, ``delta`` [batch, head, query] float32, ``dgate`` like indices or None without a gate."""
     batch, heads, query_len, d_head = call.q.shape
     constants = compile_constants(
         "query_gradient",

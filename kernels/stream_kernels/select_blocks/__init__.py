@@ -1,0 +1,1 @@
+"""The hierarchical search for key blocks in one Triton launch a layer (in the making)."""
