@@ -23,6 +23,12 @@ class BlockMask:
         q_len, kv_len: tokens on each side; the last blocks may be ragged.
         offset: absolute position of the first query (`kv_len - q_len` when decoding with a KV cache).
         window: the layer's sliding window in keys, None for none. Causality and the window hold within blocks too.
+
+    The constructor checks shapes only: values come from code that keeps to the format above. `check` reads them all,
+    for tables from elsewhere.
+
+    Raises:
+        ValueError: the shape or dtype of `indices`, or a size, does not fit.
     """
 
     indices: Int[Tensor, "batch head q_blocks k"]
@@ -38,6 +44,15 @@ class BlockMask:
             raise ValueError(
                 f"indices must be int32 of shape [batch, head, q_blocks, k]; got {self.indices.dtype} of shape "
                 f"{tuple(self.indices.shape)}."
+            )
+        for name, least in (("q_block", 1), ("k_block", 1), ("q_len", 0), ("kv_len", 0), ("offset", 0), ("window", 1)):
+            size = getattr(self, name)
+            if size is not None and size < least:
+                raise ValueError(f"{name}={size} is not allowed: give at least {least}.")
+        if self.offset + self.q_len > self.kv_len:
+            raise ValueError(
+                f"{self.q_len} queries from position {self.offset} end after the {self.kv_len} keys: a causal mask "
+                "needs kv_len >= offset + q_len."
             )
         if self.indices.shape[2] != self.q_blocks:
             raise ValueError(
@@ -100,8 +115,35 @@ class BlockMask:
         }
         if of not in totals:
             raise ValueError(f"of={of!r} is not known: choose one of {', '.join(totals)}.")
-        kept = int(self.kept.sum()) / (self.indices.shape[0] * self.indices.shape[1])
-        return 1 - kept / totals[of]
+        blocks = totals[of] * self.indices.shape[0] * self.indices.shape[1]
+        return 1 - int(self.kept.sum()) / blocks if blocks else 0.0
+
+    def check(self) -> BlockMask:
+        """This mask, once every index is known to be one that its query block can see; reads them all.
+
+        Raises:
+            ValueError: a row is not ascending, names a block twice or one out of range, or has an empty slot before
+                another.
+        """
+        indices = self.indices
+        last_row = torch.arange(1, self.q_blocks + 1, device=indices.device) * self.q_block - 1
+        stop = (self.offset + last_row.clamp(max=self.q_len - 1)) // self.k_block + 1
+        outside = (indices < -1) | (indices >= stop[:, None])
+        if outside.any():
+            b, h, i, n = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"query block {i} (batch {b}, head {h}) keeps key block {int(indices[b, h, i, n])}: blocks 0 to "
+                f"{int(stop[i]) - 1} begin before its last row; use -1 for an empty slot."
+            )
+        ordered = torch.where(indices < 0, _NONE, indices)
+        unordered = (ordered[..., 1:] <= ordered[..., :-1]) & (indices[..., 1:] >= 0)
+        if unordered.any():
+            b, h, i, _ = unordered.nonzero()[0].tolist()
+            raise ValueError(
+                f"query block {i} (batch {b}, head {h}) keeps {indices[b, h, i].tolist()}: give each block once, in "
+                "ascending order, with empty slots (-1) last."
+            )
+        return self
 
     def to(self, device: torch.device | str) -> BlockMask:
         return replace(self, indices=self.indices.to(device))
@@ -129,17 +171,11 @@ class BlockMask:
         Memory is rows × kv_len for each head asked for: ask for few of them when the text is long.
         """
         row = torch.arange(*rows.indices(self.q_len), device=self.indices.device)
-        kept = torch.zeros(*self.indices.shape[:2], len(row), self.k_blocks + 1, dtype=torch.bool, device=row.device)
-        kept = kept[:, heads]
         slots = self.indices[:, heads][:, :, row // self.q_block].long()
+        kept = torch.zeros(*slots.shape[:3], self.k_blocks + 1, dtype=torch.bool, device=row.device)
         kept.scatter_(-1, torch.where(slots < 0, self.k_blocks, slots), True)
         dense = repeat(kept[..., :-1], "b h r n -> b h r (n j)", j=self.k_block)[..., : self.kv_len]
-        key = torch.arange(self.kv_len, device=row.device)
-        position = (self.offset + row)[:, None]
-        visible = key <= position
-        if self.window is not None:
-            visible &= key > position - self.window
-        return dense & visible
+        return dense & visible_keys(self.offset + row, self.kv_len, self.window)
 
     def contains(self, blocks: Int[Tensor, "batch head q_blocks n"]) -> Bool[Tensor, "batch head q_blocks n"]:
         """Whether each block (−1 never) is kept by its query block."""
@@ -190,13 +226,33 @@ class BlockMask:
         offset: int = 0,
         window: int | None = None,
     ) -> BlockMask:
-        """The smallest block mask that covers every True of a dense one (a block is kept if any of its tokens is)."""
+        """The smallest block mask that covers every True of a dense one (a block is kept if any of its tokens is).
+
+        Raises:
+            ValueError: the dense mask allows a key that causality or the window hides, which no BlockMask can.
+        """
+        if dense.ndim != 4 or dense.dtype != torch.bool:
+            raise ValueError(
+                f"a dense mask is bool [batch, head, query, key]; got {dense.dtype} of shape {tuple(dense.shape)}."
+            )
         q_len, kv_len = dense.shape[-2:]
+        if (dense & ~visible_keys(torch.arange(q_len, device=dense.device) + offset, kv_len, window)).any():
+            raise ValueError(
+                f"the dense mask allows keys that a row at offset {offset} with window {window} cannot see: clear them "
+                "first, for instance with `torch.tril`."
+            )
         padded = torch.nn.functional.pad(dense, (0, -kv_len % k_block, 0, -q_len % q_block))
         blocks = rearrange(padded, "b h (i r) (n j) -> b h i n r j", r=q_block, j=k_block).any(-1).any(-1)
         index = torch.arange(blocks.shape[-1], dtype=torch.int32, device=dense.device)
         indices = trimmed(ascending(torch.where(blocks, index, -1)))
         return BlockMask(indices, q_block, k_block, q_len, kv_len, offset, window)
+
+
+def visible_keys(position: Int[Tensor, "rows"], kv_len: int, window: int | None) -> Bool[Tensor, "rows key"]:
+    """Which keys rows at these absolute positions may see by causality and the window."""
+    key = torch.arange(kv_len, device=position.device)
+    visible = key <= position[:, None]
+    return visible if window is None else visible & (key > position[:, None] - window)
 
 
 def ascending(indices: Int[Tensor, "*rows k"]) -> Int[Tensor, "*rows k"]:

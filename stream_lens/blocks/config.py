@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,15 +27,15 @@ class StreamConfig:
         selector: name in the registry: "stream" (the hierarchical search), "exhaustive" (the oracle),
             "window_sinks", "random", or one added with `register_selector`.
         representative: what stands for a branch in the search, one of `REPRESENTATIVES`.
-        reduce: how a query block's rows vote, one of `REDUCTIONS`; also how "exhaustive" ranks.
+        reduce: how a query block's rows vote in the rounds, one of `REDUCTIONS`.
         oversample: branches followed per block that will be kept. Above 1 the search ends with more single blocks than
             it may keep and ranks them by their exact scores (an extension of the paper, which has 1).
-        rank: the `reduce` of that exact final ranking.
+        rank: the `reduce` of that exact final ranking, and of the selector "exhaustive".
         query_stride: score every n-th row of a query block in the rounds (the final ranking scores all rows).
         sink_blocks: first real key blocks always kept (the attention sink); they count inside k.
         local_blocks: key blocks before the diagonal always kept; they count inside k. The diagonal itself always is.
         layers: layers that run sparse, None for all; the others run dense.
-        overrides: {(layer, head): k}, for the heads whose k differs.
+        overrides: {(layer, head): k}, for the heads whose k differs; an int also where `k` is a schedule.
         seed: of the "random" selector.
 
     Raises:
@@ -64,22 +65,44 @@ class StreamConfig:
             ("query_stride", 1),
             ("sink_blocks", 0),
             ("local_blocks", 0),
+            ("seed", 0),
         ):
             _require_int(name, getattr(self, name), least)
         _require_choice("representative", self.representative, REPRESENTATIVES)
         _require_choice("reduce", self.reduce, REDUCTIONS)
         _require_choice("rank", self.rank, REDUCTIONS)
-        if not isinstance(self.k, FractionOfPrefix | MassThreshold):
+        if isinstance(self.k, MassThreshold):
+            self._require_k("k.maximum", self.k.maximum)
+        elif not isinstance(self.k, FractionOfPrefix):
             self._require_k("k", self.k)
-        for where, k in self.overrides.items():
-            self._require_k(f"overrides[{where}]", k)
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+        self._own_overrides()
+        self._own_layers()
 
     @property
     def forced_blocks(self) -> int:
         """The most key blocks that one query block keeps whatever their scores: sinks, local and diagonal."""
         return self.sink_blocks + self.local_blocks + diagonal_blocks(self.q_block, self.k_block)
+
+    def _own_overrides(self) -> None:
+        """Check `overrides` and keep a copy: a frozen config must not change with the caller's dict."""
+        for where, k in self.overrides.items():
+            if not (isinstance(where, tuple) and len(where) == 2):
+                raise ValueError(f"overrides has the key {where!r}: give (layer, head) pairs, as in {{(3, 0): 32}}.")
+            for name, number in zip(("layer", "head"), where, strict=True):
+                _require_int(f"the {name} of overrides[{where}]", number, 0)
+            self._require_k(f"overrides[{where}]", k)
+        object.__setattr__(self, "overrides", dict(self.overrides))
+
+    def _own_layers(self) -> None:
+        if self.layers is None:
+            return
+        try:
+            layers = tuple(self.layers)
+        except TypeError:
+            raise ValueError(f"layers={self.layers!r} is not allowed: give several, as in (0, 5), or None.") from None
+        for layer in layers:
+            _require_int("a layer of layers", layer, 0)
+        object.__setattr__(self, "layers", layers)
 
     def _require_k(self, name: str, k: object) -> None:
         _require_int(name, k, 1)
@@ -116,7 +139,9 @@ class StreamConfig:
 
 def diagonal_blocks(q_block: int, k_block: int) -> int:
     """The most key blocks that the rows of one query block stand in; all are kept, so every row sees itself."""
-    return (q_block - 1) // k_block + (1 if q_block % k_block == 0 or k_block % q_block == 0 else 2)
+    # A query block starts some multiple of the common divisor into a key block: at worst one such step before its end.
+    latest_start = k_block - math.gcd(q_block, k_block)
+    return (latest_start + q_block - 1) // k_block + 1
 
 
 def _require_int(name: str, value: object, least: int) -> None:

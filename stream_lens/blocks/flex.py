@@ -18,7 +18,7 @@ def to_flex(mask: BlockMask, *, pad: bool = True) -> FlexBlockMask:
     """
     indices = mask.indices.clamp(min=0)
     if pad:
-        indices = torch.nn.functional.pad(indices, (0, mask.k_blocks - mask.k))
+        indices = torch.nn.functional.pad(indices, (0, max(0, mask.k_blocks - mask.k)))
     offset, window = mask.offset, mask.window
 
     def causal(batch, head, q_idx, kv_idx):  # type: ignore[no-untyped-def]
@@ -38,6 +38,9 @@ def from_flex(flex: FlexBlockMask, *, offset: int = 0, window: int | None = None
     """The blocks of a flex_attention mask, partial and full ones alike.
 
     What its `mask_mod` hides inside a block is not carried over, except causality at `offset` and `window`.
+
+    Raises:
+        ValueError: it keeps a block that lies wholly after its queries, as a mask that is not causal does.
     """
 
     def used(count: torch.Tensor | None, table: torch.Tensor | None) -> list[torch.Tensor]:
@@ -50,4 +53,4 @@ def from_flex(flex: FlexBlockMask, *, offset: int = 0, window: int | None = None
     q_len, kv_len = flex.seq_lengths
     q_block, k_block = flex.BLOCK_SIZE
     indices = trimmed(ascending(torch.cat(tables, -1)))[:, :, : -(-q_len // q_block)]
-    return BlockMask(indices.contiguous(), q_block, k_block, q_len, kv_len, offset, window)
+    return BlockMask(indices.contiguous(), q_block, k_block, q_len, kv_len, offset, window).check()

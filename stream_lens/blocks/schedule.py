@@ -1,10 +1,14 @@
-"""How many key blocks a query block may keep, where that is not one constant (the paper's open question: variable k)."""
+"""How many key blocks a query block may keep, where that is not one constant: the paper's open question, variable k."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,13 @@ class FractionOfPrefix:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction={self.fraction} is not allowed: give a share in (0, 1].")
-        if self.minimum < 1:
-            raise ValueError(f"minimum={self.minimum} is not allowed: give at least 1 block.")
+        _require_blocks("minimum", self.minimum)
+
+    def blocks(self, visible: Int[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
+        """Key blocks that rows with so many visible ones may keep: the fraction, rounded up."""
+        # In float64, less its rounding error: 0.07 of 100 blocks is 7, though 0.07 * 100 > 7 in floating point.
+        wanted = (visible.to(torch.float64) * self.fraction - 1e-9).ceil()
+        return wanted.to(visible.dtype).clamp(min=self.minimum)
 
     def to_json(self) -> dict[str, Any]:
         return {"schedule": "fraction", **asdict(self)}
@@ -46,8 +55,7 @@ class MassThreshold:
     def __post_init__(self) -> None:
         if not 0 < self.mass <= 1:
             raise ValueError(f"mass={self.mass} is not allowed: give a share in (0, 1].")
-        if self.maximum < 1:
-            raise ValueError(f"maximum={self.maximum} is not allowed: give at least 1 block.")
+        _require_blocks("maximum", self.maximum)
 
     def to_json(self) -> dict[str, Any]:
         return {"schedule": "mass", **asdict(self)}
@@ -59,7 +67,15 @@ KSchedule = FractionOfPrefix | MassThreshold
 def schedule_from_json(plain: Mapping[str, Any]) -> KSchedule:
     """The schedule whose `to_json` gave `plain`."""
     values = {name: value for name, value in plain.items() if name != "schedule"}
-    kinds = {"fraction": FractionOfPrefix, "mass": MassThreshold}
+    kinds: dict[str, type[FractionOfPrefix] | type[MassThreshold]] = {
+        "fraction": FractionOfPrefix,
+        "mass": MassThreshold,
+    }
     if plain.get("schedule") not in kinds:
         raise ValueError(f"schedule {plain.get('schedule')!r} is not known: choose one of {', '.join(kinds)}.")
     return kinds[plain["schedule"]](**values)
+
+
+def _require_blocks(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} is not allowed: give a whole number of at least 1 block.")

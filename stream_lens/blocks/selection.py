@@ -138,13 +138,15 @@ def budgets(
 ) -> Int[Tensor, "batch head q_blocks"]:
     """Blocks each query block may keep, forced ones included; never fewer than the forced ones."""
     if isinstance(config.k, FractionOfPrefix):
-        wanted = (ranges.visible * config.k.fraction).ceil().long().clamp(min=config.k.minimum)
+        wanted = config.k.blocks(ranges.visible)
     else:
         k = config.k.maximum if isinstance(config.k, MassThreshold) else config.k
         wanted = torch.full_like(ranges.visible, k)
     budget = wanted[:, None].repeat(1, heads, 1)
     for (where, head), k in config.overrides.items():
         if where == layer:
+            if head >= heads:
+                raise ValueError(f"overrides[{(where, head)}] names a head that layer {layer} lacks: it has {heads}.")
             budget[:, head] = k
     return torch.maximum(budget, ranges.forced[:, None])
 
