@@ -15,3 +15,8 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 torch.set_num_threads(1)
+
+# Triton reads this when it is first imported, which many test modules do, so it is set here: without a GPU the kernels
+# of `tests/ops` run in its interpreter. torch.compile uses no Triton on CPUs.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
