@@ -1,0 +1,206 @@
+"""SparsePattern: what `hook_pattern` yields while a model is streamed.
+
+It stands in TransformerLens' forward where the [batch, head, query, key] attention pattern does and has its shape, but
+stores block indices, a gate and block masses: O(T · k), never T × T. Two kinds of edit, named apart since dense
+TransformerLens code has both:
+
+- *drop* / *keep* blocks: before the softmax, the rest renormalises (attention knock-out).
+- *scale*, or ``pattern[:, head] = 0``: after the softmax, nothing renormalises (what zeroing a dense pattern does).
+
+Patching one run's pattern into another, ``corrupted[:, head] = clean[:, head]``, moves the clean run's probabilities:
+they are computed from the clean queries and keys, which a pattern holds unless it was cached with `keep_scores=False`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from stream_lens.backend.pattern_data import PatternData, block_mass, probabilities, row_slice, sliced
+from stream_lens.backend.pattern_index import PatternIndexError, parse_index
+from stream_lens.blocks import BlockMask
+
+
+class SparsePattern(torch.Tensor):
+    """A block-sparse attention pattern in the place of a dense one. See the module's text for what edits mean."""
+
+    data_: PatternData
+
+    @staticmethod
+    def __new__(cls, data: PatternData) -> SparsePattern:
+        shape = tuple(data.mask.shape[axis] for axis in data.present)
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=data.dtype, device=data.mask.indices.device)
+        made.data_ = data
+        return made
+
+    def __init__(self, data: PatternData) -> None:
+        super().__init__()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from stream_lens.backend.pattern_functions import pattern_function
+
+        return pattern_function(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TypeError(f"{func} needs the dense T × T pattern: use pattern.to_dense(rows=slice(…), heads=[…]) first.")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        data = self.data_
+        edited = ", edited" if data.edited else ""
+        return (
+            f"SparsePattern({list(self.shape)}, q_block={data.mask.q_block}, k_block={data.mask.k_block}, "
+            f"k={data.mask.k}, {data.mask.sparsity('causal'):.1%} of the causal half pruned{edited})"
+        )
+
+    # Reading
+
+    @property
+    def mask(self) -> BlockMask:
+        """The kept blocks: [batch, head, q_blocks, k] indices, also when axes were taken away by integer indices."""
+        return self.data_.mask
+
+    @property
+    def gate(self) -> Float[Tensor, "batch head q_blocks k"]:
+        """Factor on each kept block's probabilities after the softmax; 1 where nothing was edited."""
+        data = self.data_
+        return torch.ones(data.mask.indices.shape, device=self.device) if data.gate is None else data.gate
+
+    @property
+    def block_mass(self) -> Float[Tensor, "*batch_head q_blocks k"]:
+        """Probability that each kept block holds, summed over its rows and keys, before the gate; 0 in empty slots.
+
+        Axes that integer indices took away are gone here too. Divide by `mask.q_block` for the mean share of a row.
+
+        Raises:
+            NoScoresError: the layer did not run to its end, or blocks were edited, and the scores were not kept.
+        """
+        mass = block_mass(self.data_)
+        taken = tuple(axis for axis in (0, 1) if axis not in self.data_.present)
+        return mass[tuple(0 if axis in taken else slice(None) for axis in range(2))]
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of indices, gate and masses; `scores_nbytes` has those of the queries and keys."""
+        data = self.data_
+        mass = 0 if data.cell.value is None else data.mask.indices.numel() * data.cell.value.element_size()
+        return data.mask.nbytes + (0 if data.gate is None else data.gate.nbytes) + mass
+
+    @property
+    def scores_nbytes(self) -> int:
+        """Bytes of the queries and keys it refers to (shared with the cache's own rotated q and k where it has them)."""
+        return sum(scores.nbytes for scores in self.data_.sources if scores is not None)
+
+    def to_dense(
+        self, rows: slice = slice(None), heads: slice | list[int] | int = slice(None)
+    ) -> Float[Tensor, "*batch_head rows key"]:
+        """Probabilities of some rows and heads, the gate applied: 0 where a block is dropped.
+
+        Args:
+            rows: query tokens, as a slice; memory is rows × kv_len for each head.
+            heads: heads to give, as a slice, a list or one integer (which takes the axis away).
+
+        Raises:
+            NoScoresError: the pattern was cached with keep_scores=False; `pattern.mask.to_dense()` and
+                `pattern.block_mass` still work.
+        """
+        data = self.data_
+        present = list(data.present)
+        if isinstance(heads, int):
+            present = [axis for axis in present if axis != 1]
+            heads = [heads]
+        chosen = list(range(data.mask.shape[1]))[heads] if isinstance(heads, slice) else heads
+        part = sliced(data, list(range(data.mask.shape[0])), chosen, slice(0, data.mask.q_blocks))
+        dense = probabilities(part, rows)
+        taken = tuple(0 if axis not in present else slice(None) for axis in (0, 1))
+        dense = dense[taken].to(self.dtype)
+        return dense if 2 in present else dense[..., 0, :]
+
+    def __getitem__(self, index: Any) -> SparsePattern:
+        data = self.data_
+        where = parse_index(index, data.mask.shape, data.present)
+        if where.keys != (0, data.mask.kv_len):
+            raise PatternIndexError(
+                "a SparsePattern cannot be cut along keys: use pattern.to_dense(rows=slice(…), heads=[…])[..., keys], "
+                "or pattern.mask for the kept blocks."
+            )
+        data = row_slice(data, where)
+        return SparsePattern(replace(data, present=tuple(axis for axis in data.present if axis not in where.dropped)))
+
+    # Editing; the names that end in _ change this pattern, the others return a new one
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        from stream_lens.backend.pattern_edit import assigned
+
+        self.data_ = assigned(self.data_, index, value)
+
+    def drop(
+        self, blocks: BlockMask | Bool[Tensor, "batch head q_blocks k"] | None = None, **where: Any
+    ) -> SparsePattern:
+        """Without some blocks, the rest of each row renormalised: attention knock-out.
+
+        Args:
+            blocks: a BlockMask of the same geometry, or True per slot of `mask.indices`; None for all blocks.
+            **where: restrict to `batch`, `heads` (integer, slice, list), `rows`, `keys` (slices of tokens on block
+                edges).
+        """
+        from stream_lens.backend.pattern_edit import slots
+
+        return self._with_kept(~slots(self.data_, blocks, where))
+
+    def keep(
+        self, blocks: BlockMask | Bool[Tensor, "batch head q_blocks k"] | None = None, **where: Any
+    ) -> SparsePattern:
+        """Only some blocks, renormalised over them. `where` names what to keep, as in `drop`."""
+        from stream_lens.backend.pattern_edit import slots
+
+        return self._with_kept(slots(self.data_, blocks, where))
+
+    def scale(
+        self, factor: float, blocks: BlockMask | Bool[Tensor, "batch head q_blocks k"] | None = None, **where: Any
+    ) -> SparsePattern:
+        """Some blocks' probabilities times `factor` after the softmax; nothing renormalises. `where` as in `drop`."""
+        from stream_lens.backend.pattern_edit import slots
+
+        chosen = slots(self.data_, blocks, where)
+        return self.with_gate(torch.where(chosen, self.gate * factor, self.gate))
+
+    def drop_(self, blocks: Any = None, **where: Any) -> SparsePattern:
+        """`drop`, in place."""
+        self.data_ = self.drop(blocks, **where).data_
+        return self
+
+    def keep_(self, blocks: Any = None, **where: Any) -> SparsePattern:
+        """`keep`, in place."""
+        self.data_ = self.keep(blocks, **where).data_
+        return self
+
+    def scale_(self, factor: float, blocks: Any = None, **where: Any) -> SparsePattern:
+        """`scale`, in place."""
+        self.data_ = self.scale(factor, blocks, **where).data_
+        return self
+
+    def with_gate(self, gate: Float[Tensor, "batch head q_blocks k"]) -> SparsePattern:
+        """With a gate of your own, such as one that requires grad (`stream_lens.circuits.attribution`)."""
+        if gate.shape != self.mask.indices.shape:
+            raise ValueError(f"gate must have shape {list(self.mask.indices.shape)}; got {list(gate.shape)}.")
+        return SparsePattern(replace(self.data_, gate=gate, edited=True))
+
+    def with_mask(self, mask: BlockMask) -> SparsePattern:
+        """With other blocks, from this run's own queries and keys; the gate is reset to 1."""
+        if (mask.shape, mask.q_block, mask.k_block) != (self.mask.shape, self.mask.q_block, self.mask.k_block):
+            raise ValueError(f"the mask must cover the same tokens and blocks as {self.mask!r}; got {mask!r}.")
+        return SparsePattern(replace(self.data_, mask=mask, gate=None, edited=True))
+
+    def _with_kept(self, kept: Bool[Tensor, "batch head q_blocks k"]) -> SparsePattern:
+        data = self.data_
+        kept = kept & data.mask.kept
+        order = (~kept).to(torch.uint8).sort(dim=-1, stable=True).indices
+        indices = torch.where(kept, data.mask.indices, -1).gather(-1, order).contiguous()
+        gate = None if data.gate is None else data.gate.gather(-1, order)
+        return SparsePattern(replace(data, mask=replace(data.mask, indices=indices), gate=gate, edited=True))

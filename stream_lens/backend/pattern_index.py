@@ -1,0 +1,104 @@
+"""Indexing of a SparsePattern: which batch rows, heads and query blocks an index means, or why it can mean none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+AXES = ("batch", "head", "query", "key")
+
+
+class PatternIndexError(IndexError):
+    """An index or edit that blocks cannot express; the message says what to use instead."""
+
+
+@dataclass(frozen=True)
+class PatternIndex:
+    """An index with every axis spelt out.
+
+    Attributes:
+        batch, heads: positions along those axes, in the order asked for.
+        rows, keys: token ranges [start, stop).
+        dropped: axes that an integer took away.
+    """
+
+    batch: list[int]
+    heads: list[int]
+    rows: tuple[int, int]
+    keys: tuple[int, int]
+    dropped: frozenset[int]
+
+
+def parse_index(index: Any, shape: tuple[int, int, int, int], present: tuple[int, ...]) -> PatternIndex:
+    """Spell out `index` on a pattern whose four axes have `shape`, of which only the axes `present` can be indexed."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(item is None for item in items):
+        raise PatternIndexError("a SparsePattern takes no new axes (None in an index): index batch, head and query.")
+    if Ellipsis in [item for item in items if not isinstance(item, torch.Tensor | list)]:
+        at = next(i for i, item in enumerate(items) if item is Ellipsis)
+        items[at : at + 1] = [slice(None)] * (len(present) - len(items) + 1)
+    if len(items) > len(present):
+        raise PatternIndexError(f"{len(items)} indices were given for a pattern of {len(present)} axes.")
+    wanted: list[Any] = [slice(None)] * 4
+    for axis, item in zip(present, items, strict=False):
+        wanted[axis] = item
+    dropped = frozenset(axis for axis in range(4) if _is_int(wanted[axis]))
+    return PatternIndex(
+        _positions("batch", wanted[0], shape[0]),
+        _positions("head", wanted[1], shape[1]),
+        _token_range("query", wanted[2], shape[2]),
+        _token_range("key", wanted[3], shape[3]),
+        dropped,
+    )
+
+
+def block_span(
+    axis: str, tokens: tuple[int, int], length: int, block: int, *, remedy: str = "cut at block edges"
+) -> slice:
+    """The blocks that `tokens` are made of; an error if they cut through one."""
+    start, stop = tokens
+    if start % block or (stop % block and stop != length):
+        low, high = start // block * block, min(-(-stop // block) * block, length)
+        raise PatternIndexError(
+            f"{axis} tokens {start}:{stop} cut through blocks of {block}: {remedy}, for example {low}:{high}, "
+            f"or stream with a smaller {'q' if axis == 'query' else 'k'}_block."
+        )
+    return slice(start // block, -(-stop // block))
+
+
+def _is_int(item: Any) -> bool:
+    return isinstance(item, int) or (isinstance(item, torch.Tensor) and item.ndim == 0 and item.dtype != torch.bool)
+
+
+def _positions(axis: str, item: Any, size: int) -> list[int]:
+    if isinstance(item, slice):
+        return list(range(size))[item]
+    if _is_int(item):
+        return [_within(axis, int(item), size)]
+    if isinstance(item, torch.Tensor) and item.dtype == torch.bool:
+        item = item.nonzero()[:, 0]
+    if isinstance(item, torch.Tensor | list | tuple | range):
+        return [_within(axis, int(i), size) for i in item]
+    raise PatternIndexError(f"the {axis} axis takes an integer, a slice or a list of integers; got {item!r}.")
+
+
+def _token_range(axis: str, item: Any, size: int) -> tuple[int, int]:
+    if _is_int(item):
+        at = _within(axis, int(item), size)
+        return (at, at + 1)
+    if isinstance(item, slice):
+        start, stop, step = item.indices(size)
+        if step == 1:
+            return (start, max(start, stop))
+    raise PatternIndexError(
+        f"the {axis} axis takes an integer or a slice of step 1; got {item!r}. "
+        "For single tokens' probabilities use pattern.to_dense(rows=slice(…), heads=[…])."
+    )
+
+
+def _within(axis: str, at: int, size: int) -> int:
+    if not -size <= at < size:
+        raise PatternIndexError(f"{axis} {at} is out of range: the pattern has {size}.")
+    return at % size
