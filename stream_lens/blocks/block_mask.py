@@ -170,7 +170,7 @@ class BlockMask:
 
         Memory is rows × kv_len for each head asked for: ask for few of them when the text is long.
         """
-        row = torch.arange(*rows.indices(self.q_len), device=self.indices.device)
+        row = torch.arange(self.q_len, device=self.indices.device)[rows]
         slots = self.indices[:, heads][:, :, row // self.q_block].long()
         kept = torch.zeros(*slots.shape[:3], self.k_blocks + 1, dtype=torch.bool, device=row.device)
         kept.scatter_(-1, torch.where(slots < 0, self.k_blocks, slots), True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
@@ -13,8 +15,9 @@ def to_flex(mask: BlockMask, *, pad: bool = True) -> FlexBlockMask:
 
     Args:
         mask: to convert.
-        pad: pad the index table to all key blocks, q_blocks × k_blocks integers for each head, which the CPU build of
-            flex_attention reads past otherwise; False keeps O(T · k).
+        pad: pad the index table to all key blocks, q_blocks × k_blocks integers for each head: flex_attention takes the
+            table's width for the number of key blocks, in its backward pass and on the CPU. False keeps O(T · k), for
+            the forward pass on a GPU; it needs a torch whose `from_kv_blocks` knows `compute_q_blocks`.
     """
     indices = mask.indices.clamp(min=0)
     if pad:
@@ -25,12 +28,14 @@ def to_flex(mask: BlockMask, *, pad: bool = True) -> FlexBlockMask:
         visible = kv_idx <= q_idx + offset
         return visible if window is None else visible & (kv_idx > q_idx + offset - window)
 
+    narrow: dict[str, Any] = {} if pad else {"compute_q_blocks": False}
     return FlexBlockMask.from_kv_blocks(
         mask.kept.sum(-1, dtype=torch.int32),
         indices,
         BLOCK_SIZE=(mask.q_block, mask.k_block),
         mask_mod=causal,
         seq_lengths=(mask.q_len, mask.kv_len),
+        **narrow,
     )
 
 

@@ -8,6 +8,7 @@ import pickle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stream_lens.blocks import FractionOfPrefix, MassThreshold, StreamConfig
 from stream_lens.blocks.config import REDUCTIONS, REPRESENTATIVES, diagonal_blocks
 

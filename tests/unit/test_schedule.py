@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stream_lens.blocks import FractionOfPrefix, MassThreshold
 from stream_lens.blocks.schedule import schedule_from_json
 
