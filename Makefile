@@ -7,7 +7,7 @@ PIP_ARGS ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint $(CONSTRAINTS)
+INSTALL = PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint $(CONSTRAINTS)
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help install demo test lint format gpu-check bench docs notebooks wheel clean distclean
