@@ -1,0 +1,57 @@
+"""stream_lens: sparse attention patterns for long contexts, as a TransformerLens backend.
+
+    import stream_lens as sl
+
+    with sl.stream(model, q_block=32, k_block=32, k=16):
+        logits, cache = model.run_with_cache(tokens)
+    cache["pattern", 5]  # a SparsePattern
+
+Names are imported when first used, so that ``import stream_lens`` is quick.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_PLACES = {
+    "stream_lens.blocks": (
+        "BlockMask",
+        "FractionOfPrefix",
+        "MassThreshold",
+        "ScoreRule",
+        "StreamConfig",
+        "block_sparse_attention",
+        "from_flex",
+        "register_selector",
+        "select_blocks",
+        "to_flex",
+    ),
+    "stream_lens.backend": (
+        "SparseActivationCache",
+        "SparsePattern",
+        "Streamed",
+        "UnsupportedArchitectureError",
+        "install",
+        "is_streamed",
+        "memory_estimate",
+        "run_with_masks",
+        "stream",
+        "uninstall",
+    ),
+    "stream_lens.cache": ("CacheFileError",),
+    "stream_lens.models": ("load_demo_model", "load_model"),
+}
+_MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'stream_lens' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

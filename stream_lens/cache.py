@@ -70,9 +70,7 @@ def save(cache: SparseActivationCache, path: str | os.PathLike[str], *, scores: 
     _written_aside(target, lambda aside: save_file(ready, aside, metadata=meta))
 
 
-def load(
-    path: str | os.PathLike[str], model: Any = None, device: str | torch.device = "cpu"
-) -> SparseActivationCache:
+def load(path: str | os.PathLike[str], model: Any = None, device: str | torch.device = "cpu") -> SparseActivationCache:
     """Read a file that `save` wrote.
 
     Args:
@@ -97,7 +95,9 @@ def load(
     try:
         return _assembled(meta, tensors, model)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise CacheFileError(f"{path} does not fit together: {error}. It was changed or written by something else.") from error
+        raise CacheFileError(
+            f"{path} does not fit together: {error}. It was changed or written by something else."
+        ) from error
 
 
 def _check_format(path: str | os.PathLike[str], meta: dict[str, str]) -> None:

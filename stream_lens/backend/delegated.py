@@ -52,7 +52,9 @@ def attention_forward(
     return attend(layer, pattern, value).transpose(1, 2).contiguous(), None
 
 
-def _dense(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+def _dense(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+) -> Any:
     implementation = module.__dict__.get("_dense_implementation")
     if implementation is None:
         raise RuntimeError(

@@ -182,10 +182,11 @@ def _change(session: Session, modules: list[tuple[int, str, Any]], kind: str) ->
 
 
 def _stream_attention(session: Session, layer: StreamedLayer, attn: Any, kind: str) -> None:
-    session.mark(attn, "_streamed_layer", layer)
+    is_delegated = kind == "bridge" and attention_kind(attn).delegated
     methods = hooked_transformer.overrides(attn) if kind == "hooked" else bridge.overrides(attn)
+    session.mark(attn, "_streamed_layer", layer)
     session.swap(attn, {**methods, "forward": checked_forward(type(attn).forward)})
-    if kind == "bridge" and attention_kind(attn).delegated:
+    if is_delegated:
         session.mark(attn.original_component, "_streamed_layer", layer)
         # In a tuple, so that the module does not register its own bridge as a submodule.
         session.mark(attn.original_component, "_stream_bridge", (attn,))

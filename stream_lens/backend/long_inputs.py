@@ -1,0 +1,168 @@
+"""Long inputs: the masks of a run with the last positions' logits only, what it will take, and no silent cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stream_lens.backend.install import install, is_streamed
+from stream_lens.backend.sparse_cache import SparseActivationCache
+from stream_lens.blocks import FractionOfPrefix, MassThreshold, StreamConfig
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool]
+
+
+def run_with_masks(
+    model: Any,
+    text_or_tokens: str | Int[Tensor, "batch position"],
+    config: StreamConfig | None = None,
+    *,
+    names_filter: NamesFilter | None = None,
+    last_logits: int = 1,
+    prepend_bos: bool | None = None,
+    on_layer: Callable[[int], None] | None = None,
+    **choices: Any,
+) -> tuple[Float[Tensor, "batch last_logits vocab"], SparseActivationCache]:
+    """One sparse forward of a long input: its last logits, and a cache of every layer's pattern.
+
+    Unlike `model.run_with_cache` it caches patterns only unless asked for more, makes logits of the last positions only
+    (all positions of 8k tokens of Gemma 3 are 8.6 GB), and refuses a text longer than the context instead of cutting it.
+
+    Args:
+        model: HookedTransformer or TransformerBridge; streamed already, or streamed for this call.
+        text_or_tokens: text, or token ids.
+        config, **choices: as for `stream`; only for a model that is not streamed yet.
+        names_filter: what to cache besides patterns: a name, names, or a function of a name.
+        last_logits: how many positions' logits to make.
+        prepend_bos: for text; None takes the model's default.
+        on_layer: called with the layer's number when its pattern is made, for progress bars.
+
+    Raises:
+        ValueError: the input is longer than the model's context, or choices are given for a streamed model.
+    """
+    tokens = tokens_within_context(model, text_or_tokens, prepend_bos)
+    if is_streamed(model):
+        if config is not None or choices:
+            raise ValueError("the model is streamed already, so config and choices cannot take effect: leave them out.")
+        return _run(model, tokens, names_filter, last_logits, on_layer)
+    streamed = install(model, config, **choices)
+    try:
+        return _run(model, tokens, names_filter, last_logits, on_layer)
+    finally:
+        streamed.uninstall()
+
+
+def tokens_within_context(
+    model: Any, text_or_tokens: str | Tensor, prepend_bos: bool | None = None
+) -> Int[Tensor, "batch position"]:
+    """Token ids of the whole text. `ValueError` if the model has fewer positions, where TransformerLens would cut."""
+    if isinstance(text_or_tokens, Tensor):
+        tokens = text_or_tokens if text_or_tokens.ndim == 2 else text_or_tokens[None]
+    else:
+        options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+        tokens = model.to_tokens(text_or_tokens, truncate=False, **options)
+    n_ctx = getattr(model.cfg, "n_ctx", None)
+    if n_ctx and tokens.shape[-1] > n_ctx:
+        raise ValueError(
+            f"the input has {tokens.shape[-1]} tokens and the model's context is {n_ctx}: give a shorter text, or load "
+            f"the model with a larger n_ctx if it has the positions (load_model(…, n_ctx={tokens.shape[-1]}))."
+        )
+    return tokens.to(model.cfg.device) if getattr(model.cfg, "device", None) else tokens
+
+
+@contextmanager
+def last_logits_only(model: Any, count: int) -> Iterator[None]:
+    """The model's logits, and what follows, cover the last `count` positions only."""
+    if count < 1:
+        raise ValueError(f"last_logits={count} is not allowed: ask for at least 1 position.")
+    handle = model.unembed.register_forward_pre_hook(lambda _, args: (args[0][:, -count:], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _run(
+    model: Any,
+    tokens: Tensor,
+    names_filter: NamesFilter | None,
+    last_logits: int,
+    on_layer: Callable[[int], None] | None,
+) -> tuple[Tensor, SparseActivationCache]:
+    def wanted(name: str) -> bool:
+        return name.endswith("attn.hook_pattern") or _passes(names_filter, name)
+
+    hooks = []
+    if on_layer is not None:
+        for layer in model.__dict__["_stream_session"].layers:
+            hooks.append((f"{layer.name}.hook_pattern", _teller(on_layer, layer.number)))
+    with torch.no_grad(), last_logits_only(model, last_logits), model.hooks(fwd_hooks=hooks):
+        return model.run_with_cache(tokens, names_filter=wanted)
+
+
+def _teller(on_layer: Callable[[int], None], number: int) -> Callable[..., None]:
+    def tell(pattern: Tensor, hook: Any) -> None:
+        on_layer(number)
+
+    return tell
+
+
+def _passes(names_filter: NamesFilter | None, name: str) -> bool:
+    if names_filter is None:
+        return False
+    if isinstance(names_filter, str):
+        return name == names_filter
+    return names_filter(name) if callable(names_filter) else name in names_filter
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a sparse `run_with_masks` needs, and what dense `run_with_cache` would need for patterns alone.
+
+    Attributes:
+        weights: the model's parameters.
+        masks: block indices and masses of all streamed layers.
+        queries_keys: what cached patterns refer to (none with keep_scores=False).
+        activations: about the largest working set of one layer, and the logits asked for.
+        dense_patterns: scores and patterns that dense TransformerLens would cache.
+    """
+
+    weights: int
+    masks: int
+    queries_keys: int
+    activations: int
+    dense_patterns: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.masks + self.queries_keys + self.activations
+
+
+def memory_estimate(
+    model: Any, n_tokens: int, config: StreamConfig | None = None, *, batch: int = 1, last_logits: int = 1
+) -> MemoryEstimate:
+    """What a run over `n_tokens` will take, before it is run. A mass threshold is counted at its maximum."""
+    config, cfg = config or StreamConfig(), model.cfg
+    layers = range(cfg.n_layers) if config.layers is None else config.layers
+    heads, kv_heads = cfg.n_heads, getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    q_blocks, k_blocks = -(-n_tokens // config.q_block), -(-n_tokens // config.k_block)
+    if isinstance(config.k, FractionOfPrefix):
+        k = max(config.k.minimum, round(config.k.fraction * k_blocks))
+    else:
+        k = config.k.maximum if isinstance(config.k, MassThreshold) else config.k
+    size = next(model.parameters()).element_size()
+    d_mlp = getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
+    width = 4 * cfg.d_model + 3 * d_mlp + 3 * heads * cfg.d_head
+    return MemoryEstimate(
+        weights=sum(parameter.nbytes for parameter in model.parameters()),
+        masks=len(layers) * batch * heads * q_blocks * min(k, k_blocks) * 8,
+        queries_keys=len(layers) * batch * n_tokens * (heads + kv_heads) * cfg.d_head * size,
+        activations=batch * (n_tokens * width + last_logits * cfg.d_vocab) * size,
+        dense_patterns=2 * len(layers) * batch * heads * n_tokens**2 * size,
+    )
