@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -20,3 +21,15 @@ torch.set_num_threads(1)
 # of `tests/ops` run in its interpreter. torch.compile uses no Triton on CPUs.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `hooked` where TransformerLens has no HookedTransformer."""
+    if not any(item.get_closest_marker("hooked") for item in items):
+        return
+    try:
+        from transformer_lens import HookedTransformer  # noqa: F401
+    except ImportError:
+        for item in items:
+            if item.get_closest_marker("hooked"):
+                item.add_marker(pytest.mark.skip(reason="this TransformerLens has no HookedTransformer: 3.x has"))
