@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from stream_kernels.rule import ScoreRule
 from torch import Tensor
 
+from stream_kernels.rule import ScoreRule
 from stream_lens.blocks.block_mask import BlockMask
 from stream_lens.blocks.kernel_choice import Kernel, choose_kernel
 from stream_lens.blocks.selection import check_shapes
@@ -59,10 +59,17 @@ def block_sparse_attention(
     check_shapes(q, k, rule)
     if v.shape[:3] != k.shape[:3] or v.shape[3] != k.shape[3]:
         raise ValueError(f"v {tuple(v.shape)} must have the shape of k {tuple(k.shape)}.")
+    if v.dtype != k.dtype:
+        raise ValueError(f"q, k and v must share one dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
     if mask.shape != (q.shape[0], q.shape[1], q.shape[2], k.shape[2]) or mask.offset != rule.offset:
         raise ValueError(
             f"the mask stands for a pattern of {list(mask.shape)} at offset {mask.offset}; q and k make "
             f"{[q.shape[0], q.shape[1], q.shape[2], k.shape[2]]} at offset {rule.offset}."
+        )
+    if mask.window != rule.window:
+        raise ValueError(
+            f"the mask has window {mask.window} and the rule window {rule.window}: they describe one layer, so give "
+            "both the same."
         )
     if gate is not None and gate.shape != mask.indices.shape:
         raise ValueError(f"gate must have one value per slot, {list(mask.indices.shape)}; got {list(gate.shape)}.")

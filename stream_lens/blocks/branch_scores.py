@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from stream_kernels.rule import ScoreRule
 from torch import Tensor
+
+from stream_kernels.rule import ScoreRule
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def block_logits(
     key_of: Int[Tensor, "batch head q_blocks n j"] | None = None,
 ) -> Float[Tensor, "batch head q_blocks rows n j"]:
     """Scores of the rows against the keys of whole blocks (or against the keys at `key_of`); -inf where not visible."""
-    batch, heads, q_blocks, n_rows, d_head = rows.q.shape
+    batch, heads, q_blocks, _, d_head = rows.q.shape
     group = torch.arange(heads, device=blocks.device) // (heads // tables.kv_heads)
     base = torch.arange(batch, device=blocks.device)[:, None] * tables.kv_heads + group
     base = rearrange(base * tables.k_blocks, "b h -> b h 1 1")

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from stream_kernels.cpu import cpu_available, cpu_block_attention_backward, cpu_block_attention_forward
+from stream_kernels.launch import why_not_triton
 from stream_lens.blocks import torch_attention
 from stream_lens.blocks.search import CHUNK_BYTES
 
 Kernel = Literal["auto", "triton", "cpp", "torch"]
+KERNELS: tuple[str, ...] = get_args(Kernel)
 
 
 @dataclass(frozen=True)
@@ -22,18 +25,71 @@ class KernelPath:
 
     name: str
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
 
-TORCH = KernelPath(
-    "torch",
-    partial(torch_attention.forward, chunk_bytes=CHUNK_BYTES),
-    partial(torch_attention.backward, chunk_bytes=CHUNK_BYTES),
-)
+def _triton_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from stream_kernels.block_attention.forward import block_attention_forward  # imports Triton
+
+    return block_attention_forward(*args, **kwargs)
+
+
+def _triton_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    from stream_kernels.block_attention.backward import block_attention_backward  # imports Triton
+
+    return block_attention_backward(*args, **kwargs)
+
+
+PATHS = {
+    "triton": KernelPath("triton", _triton_forward, _triton_backward),
+    "cpp": KernelPath("cpp", cpu_block_attention_forward, cpu_block_attention_backward),
+    "torch": KernelPath(
+        "torch",
+        partial(torch_attention.forward, chunk_bytes=CHUNK_BYTES),
+        partial(torch_attention.backward, chunk_bytes=CHUNK_BYTES),
+    ),
+}
 
 
 def choose_kernel(kernel: Kernel, q: Tensor) -> KernelPath:
-    """The path for tensors like `q`; `RuntimeError` if a forced one cannot run, saying why."""
-    if kernel not in ("auto", "triton", "cpp", "torch"):
-        raise ValueError(f"kernel={kernel!r} is not known: choose one of auto, triton, cpp, torch.")
-    return TORCH
+    """The path for tensors like `q` ([..., d_head]): the fastest that can run, or the one asked for.
+
+    Raises:
+        ValueError: `kernel` is not one of `KERNELS`.
+        RuntimeError: a forced path cannot run on such tensors here; the message says why.
+    """
+    check_kernel(kernel)
+    if kernel != "auto":
+        reason = why_not(kernel, q.device, q.dtype, q.shape[-1])
+        if reason is not None:
+            raise RuntimeError(f"kernel={kernel!r} cannot run here: {reason}")
+        return PATHS[kernel]
+    # The interpreter runs Triton on CPU tensors for tests: it is never the fastest path.
+    fastest = "cpp" if q.device.type == "cpu" else "triton"
+    return PATHS["torch" if why_not(fastest, q.device, q.dtype, q.shape[-1]) else fastest]
+
+
+def check_kernel(kernel: str) -> None:
+    """Raise ValueError unless `kernel` is "auto" or names a path."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r} is not known: choose one of {', '.join(KERNELS)}.")
+
+
+def why_not(kernel: str, device: torch.device, dtype: torch.dtype, d_head: int) -> str | None:
+    """One sentence that says why a path cannot attend over such tensors here; None when it can."""
+    if kernel == "triton":
+        return why_not_triton(device, dtype, d_head)
+    return why_not_cpp(device, dtype) if kernel == "cpp" else None
+
+
+def why_not_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
+    """One sentence that says why the C++ operators cannot take such tensors here; None when they can.
+
+    Builds the operators at the first call for CPU tensors of a dtype that they take.
+    """
+    if device.type != "cpu":
+        return f"the C++ operators take CPU tensors, not '{device.type}': use kernel='triton' or 'torch'."
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the C++ operators take float32 and bfloat16, not {dtype}: convert, or use kernel='torch'."
+    live, reason = cpu_available()
+    return None if live else f"{reason}. Or use kernel='torch'."

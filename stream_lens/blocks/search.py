@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
-from stream_kernels.rule import ScoreRule
 from torch import Tensor
 
+from stream_kernels.rule import ScoreRule
 from stream_lens.blocks.block_mask import BlockMask, ascending
 from stream_lens.blocks.branch_scores import KeyTables, QueryRows, block_logits, computing_dtype
 from stream_lens.blocks.config import StreamConfig

@@ -9,9 +9,9 @@ from typing import Literal, overload
 
 import torch
 from jaxtyping import Float, Int
-from stream_kernels.rule import ScoreRule
 from torch import Tensor
 
+from stream_kernels.rule import ScoreRule
 from stream_lens.blocks.block_mask import BlockMask, trimmed
 from stream_lens.blocks.config import StreamConfig
 from stream_lens.blocks.controls import exhaustive, random, window_sinks
@@ -167,12 +167,18 @@ def check_shapes(q: Tensor, k: Tensor, rule: ScoreRule) -> None:
         raise ValueError(
             f"q and k must be [batch, head, position, d_head]; got shapes {tuple(q.shape)} and {tuple(k.shape)}."
         )
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must not be empty.")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch and d_head.")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if q.dtype != k.dtype:
+        raise ValueError(f"q and k must share one dtype; got {q.dtype} and {k.dtype}.")
+    if q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads: query heads must be a multiple of key heads."
+            f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads: query heads must be a multiple of key "
+            "heads."
         )
+    _check_rule(rule, q.shape[1])
     if rule.offset + q.shape[2] > k.shape[2]:
         raise ValueError(
             f"queries at positions {rule.offset} to {rule.offset + q.shape[2] - 1} need as many keys; got {k.shape[2]}."
@@ -181,6 +187,19 @@ def check_shapes(q: Tensor, k: Tensor, rule: ScoreRule) -> None:
         raise ValueError(
             f"key_mask must be [batch, key] = {[k.shape[0], k.shape[2]]}; got {list(rule.key_mask.shape)}."
         )
+
+
+def _check_rule(rule: ScoreRule, heads: int) -> None:
+    if rule.offset < 0:
+        raise ValueError(f"offset={rule.offset} is not allowed: the first query stands at 0 or later.")
+    if rule.window is not None and rule.window < 1:
+        raise ValueError(f"window={rule.window} is not allowed: a row sees 1 key or more; give None for no window.")
+    if rule.softcap is not None and not rule.softcap > 0:
+        raise ValueError(f"softcap={rule.softcap} is not allowed: give a positive cap or None.")
+    if rule.key_mask is not None and rule.key_mask.dtype != torch.bool:
+        raise ValueError(f"key_mask must be bool; got {rule.key_mask.dtype}: use `attention_mask.bool()`.")
+    if rule.sinks is not None and tuple(rule.sinks.shape) != (heads,):
+        raise ValueError(f"sinks must have one logit per head, {[heads]}; got {list(rule.sinks.shape)}.")
 
 
 def _trimmed_to_mass(

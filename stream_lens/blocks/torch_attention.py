@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from stream_kernels.rule import ScoreRule
 from torch import Tensor
 
+from stream_kernels.rule import ScoreRule
 from stream_lens.blocks.branch_scores import computing_dtype
 
 
