@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from stream_kernels.rule import ScoreRule
 from torch import Tensor
 
+from stream_kernels.rule import ScoreRule
 from stream_lens.backend.lazy_tensor import UncomputedScores
 from stream_lens.backend.pattern import SparsePattern
 from stream_lens.backend.pattern_data import MassCell, PatternData

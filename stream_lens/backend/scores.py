@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from stream_kernels.rule import ScoreRule
 from torch import Tensor
 
+from stream_kernels.rule import ScoreRule
 from stream_lens.blocks import BlockMask
 from stream_lens.blocks.branch_scores import computing_dtype
 

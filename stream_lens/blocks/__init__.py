@@ -1,7 +1,6 @@
 """From q and k to a BlockMask, and attention over it. Torch only: nothing here knows TransformerLens."""
 
 from stream_kernels.rule import ScoreRule
-
 from stream_lens.blocks.attention import SparseAttention, block_sparse_attention
 from stream_lens.blocks.block_mask import BlockMask
 from stream_lens.blocks.config import StreamConfig

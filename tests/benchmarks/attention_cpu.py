@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from stream_kernels.cpu import cpu_available, cpu_block_attention_backward, cpu_block_attention_forward
-from stream_kernels.rule import ScoreRule
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from stream_kernels.cpu import cpu_available, cpu_block_attention_backward, cpu_block_attention_forward
+from stream_kernels.rule import ScoreRule
 
 SHAPES = {"9/3 × 64": (9, 3, 64), "4/1 × 256": (4, 1, 256)}
 POINTS = [(4096, 32, 3), (4096, 64, 2), (8192, 32, 6), (8192, 64, 3), (8192, 32, 16), (32768, 32, 16), (32768, 64, 13)]

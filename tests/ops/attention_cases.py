@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from stream_kernels.block_attention.reference import block_attention_reference, visible_reference
 from stream_kernels.rule import ScoreRule
-from torch import Tensor
 
 
 @dataclass(frozen=True)

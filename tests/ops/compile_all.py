@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from stream_kernels.block_attention.configs import compile_constants
 from stream_kernels.block_attention.forward import _block_attention_fwd_kernel
 from stream_kernels.block_attention.key_gradient import _key_gradient_kernel
 from stream_kernels.block_attention.query_gradient import _query_gradient_kernel
 from stream_kernels.launch import ENABLE_FP_FUSION
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -13,10 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from stream_kernels.block_attention.reference import block_attention_reference, visible_reference
 from stream_kernels.cpu import build, cpu_available, cpu_block_attention_backward, cpu_block_attention_forward
 from stream_kernels.rule import ScoreRule
-from torch import Tensor
 
 needs_operator = pytest.mark.skipif(not cpu_available()[0], reason=cpu_available()[1])
 

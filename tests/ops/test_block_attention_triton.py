@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from stream_kernels.block_attention import forward, inverted
 from stream_kernels.block_attention.backward import block_attention_backward
 from stream_kernels.block_attention.forward import block_attention_forward
 from stream_kernels.rule import ScoreRule
-from torch import Tensor
-
 from tests.ops.attention_cases import (
     Case,
     assert_as_close_as_eager,
