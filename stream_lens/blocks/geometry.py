@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
-from stream_kernels.rule import ScoreRule
 from torch import Tensor
 
+from stream_kernels.rule import ScoreRule
 from stream_lens.blocks.config import StreamConfig
 
 
@@ -16,9 +16,9 @@ from stream_lens.blocks.config import StreamConfig
 class BlockRanges:
     """Half-open ranges of key blocks, per batch row and query block.
 
-    `[first, stop)` is visible to at least one row, unless padding lies between real keys: only what is padded before the
-    first and after the last real key is left out. Of it `[first, sink_stop)` are sinks and `[local_start, stop)` local
-    and diagonal blocks: both are always kept. The search runs over the middle, `[sink_stop, local_start)`, where
+    `[first, stop)` is visible to at least one row, unless padding lies between real keys: only what is padded before
+    the first and after the last real key is left out. Of it `[first, sink_stop)` are sinks and `[local_start, stop)`
+    local and diagonal blocks: both are always kept. The search runs over the middle, `[sink_stop, local_start)`, where
     every block lies wholly before the query block: only windows and padding hide keys there.
     """
 
