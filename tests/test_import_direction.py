@@ -24,8 +24,8 @@ TIERS = (
 )
 RANK = {part: rank for rank, tier in enumerate(TIERS) for part in tier}
 
-# Results have a .plot() that imports its figure when it is called: the only way up, and only inside a function.
-LAZY_WAY_UP = {("circuits", "plots")}
+# The ways up, only inside a function: a result's .plot() imports its figure, a cache's .save() and .load() the format.
+LAZY_WAY_UP = {("circuits", "plots"), ("backend", "cache")}
 
 # part → distributions (or parts) that it may not import at all
 FORBIDDEN = {
@@ -141,7 +141,8 @@ def _plant(root: Path, file: str, text: str) -> None:
         ("stream_lens/blocks/a.py", "from stream_lens.backend.pattern import P", "blocks lies below backend"),
         ("stream_lens/blocks/a.py", "from ..cache import C", "blocks lies below cache"),
         ("stream_lens/blocks/__init__.py", "from .. import cache", "blocks lies below cache"),
-        ("stream_lens/backend/a.py", "from stream_lens import cache", "backend lies below cache"),
+        ("stream_lens/backend/a.py", "from stream_lens import cache", "only inside a function"),
+        ("stream_lens/backend/a.py", "def f():\n    import stream_lens.plots.heads", "backend lies below plots"),
         ("stream_lens/cache.py", "import stream_lens as sl", "cache lies below stream_lens"),
         ("stream_lens/circuits/a.py", "def f():\n    from stream_kernels import x", "may not import stream_kernels"),
         ("stream_lens/circuits/a.py", "import plotly.express as px", "may not import plotly"),
