@@ -159,7 +159,7 @@ def representative_logits(
     if reduce == "max":
         return scores.amax(-1)
     seen = (scores > -torch.inf).sum(-1).clamp(min=1)
-    return scores.logsumexp(-1) + torch.log(_branch_keys(start, stop, tables)[:, :, :, None] / seen)
+    return scores.logsumexp(-1) + torch.log(_branch_keys(start, stop, tables)[:, :, :, None].to(scores.dtype) / seen)
 
 
 def _pooled_logits(

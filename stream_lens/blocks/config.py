@@ -31,7 +31,8 @@ class StreamConfig:
         oversample: branches followed per block that will be kept. Above 1 the search ends with more single blocks than
             it may keep and ranks them by their exact scores (an extension of the paper, which has 1).
         rank: the `reduce` of that exact final ranking, and of the selector "exhaustive".
-        query_stride: score every n-th row of a query block in the rounds (the final ranking scores all rows).
+        query_stride: score every n-th row of a query block, in the rounds and in the final ranking; "exhaustive" scores
+            all rows.
         sink_blocks: first real key blocks always kept (the attention sink); they count inside k.
         local_blocks: key blocks before the diagonal always kept; they count inside k. The diagonal itself always is.
         layers: layers that run sparse, None for all; the others run dense.
