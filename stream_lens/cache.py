@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor
 from stream_kernels.rule import ScoreRule
 from stream_lens.backend.lazy_tensor import UncomputedScores
 from stream_lens.backend.pattern import SparsePattern
-from stream_lens.backend.pattern_data import MassCell, PatternData
+from stream_lens.backend.pattern_data import MassCell, NoScoresError, PatternData, block_mass
 from stream_lens.backend.scores import Scores
 from stream_lens.backend.sparse_cache import Compression, RunInfo, SparseActivationCache
 from stream_lens.blocks import BlockMask, StreamConfig
+from stream_lens.blocks.selection import check_shapes
 
 __all__ = ["CacheFileError", "Compression", "RunInfo", "SparseActivationCache", "load", "save"]
 
@@ -94,7 +95,9 @@ def load(path: str | os.PathLike[str], model: Any = None, device: str | torch.de
         raise CacheFileError(f"{path} is not a whole safetensors file: {error}. It may have been cut off.") from error
     try:
         return _assembled(meta, tensors, model)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except KeyError as error:
+        raise CacheFileError(f"{path} does not fit together: it lacks {error}. It was changed.") from error
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
         raise CacheFileError(
             f"{path} does not fit together: {error}. It was changed or written by something else."
         ) from error
@@ -116,10 +119,9 @@ def _pattern_parts(name: str, data: PatternData, tensors: dict[str, Tensor], sco
     tensors[f"indices:{name}"] = mask.indices
     if data.gate is not None:
         tensors[f"gate:{name}"] = data.gate
-    if data.cell.value is not None or data.sources[0] is not None:
-        whole = SparsePattern(replace(data, present=(0, 1, 2, 3)))
-        tensors[f"mass:{name}"] = whole.block_mass
-    plain = {
+    with suppress(NoScoresError):  # masses of an edited pattern without scores cannot be known: they are left out
+        tensors[f"mass:{name}"] = block_mass(data)
+    plain: dict[str, Any] = {
         "q_block": mask.q_block,
         "k_block": mask.k_block,
         "q_len": mask.q_len,
@@ -143,18 +145,12 @@ def _score_parts(name: str, data: PatternData, tensors: dict[str, Tensor]) -> di
     whole = data.sources[0]
     if whole is None:
         return None
-    own = whole.of(*data.cell_rows[:2]) if data.cell_rows[:2] != _all_rows(whole) else whole
-    start = data.mask.offset - own.rule.offset
-    tensors[f"q:{name}"] = own.q[:, :, start : start + data.mask.q_len]
-    tensors[f"k:{name}"] = own.k
+    own = whole.of(*data.cell_rows[:2]).rows_of(data.mask)
+    tensors[f"q:{name}"], tensors[f"k:{name}"] = own.q, own.k
     for part, value in (("key_mask", own.rule.key_mask), ("sinks", own.rule.sinks)):
         if value is not None:
             tensors[f"{part}:{name}"] = value
     return {"scale": own.rule.scale, "softcap": own.rule.softcap}
-
-
-def _all_rows(scores: Scores) -> tuple[list[int], list[int]]:
-    return list(range(scores.q.shape[0])), list(range(scores.q.shape[1]))
 
 
 def _assembled(meta: dict[str, str], tensors: dict[str, Tensor], model: Any) -> SparseActivationCache:
@@ -179,9 +175,7 @@ def _assembled(meta: dict[str, str], tensors: dict[str, Tensor], model: Any) -> 
 def _read_pattern(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> SparsePattern:
     indices = tensors[f"indices:{name}"]
     sizes = {field: plain[field] for field in ("q_block", "k_block", "q_len", "kv_len", "offset", "window")}
-    mask = BlockMask(indices, **sizes)
-    if indices.numel() and (int(indices.max()) >= mask.k_blocks or int(indices.min()) < -1):
-        raise ValueError(f"{name} names blocks outside the {mask.k_blocks} there are")
+    mask = BlockMask(indices, **sizes).check()
     gate, mass = tensors.get(f"gate:{name}"), tensors.get(f"mass:{name}")
     for part, value in (("gate", gate), ("mass", mass)):
         if value is not None and value.shape != indices.shape:
@@ -212,8 +206,9 @@ def _read_scores(name: str, plain: dict[str, Any], tensors: dict[str, Tensor], m
         tensors.get(f"sinks:{name}"),
     )
     scores = Scores(tensors[f"q:{name}"], tensors[f"k:{name}"], rule)
-    if scores.q.shape[2] != mask.q_len or scores.k.shape[2] != mask.kv_len:
-        raise ValueError(f"the queries and keys of {name} do not cover its {mask.q_len} × {mask.kv_len} pattern")
+    check_shapes(scores.q, scores.k, rule)
+    if (*scores.q.shape[:3], scores.k.shape[2]) != mask.shape:
+        raise ValueError(f"the queries and keys of {name} do not make its pattern of {list(mask.shape)}")
     return scores
 
 

@@ -17,7 +17,7 @@ TESTED: dict[str, str] = {
     "Qwen2ForCausalLM": "biases on q, k, v",
     "Qwen3ForCausalLM": "q/k norms",
 }
-"""Architectures whose bridge is tested against dense, and what is particular about them. `tests/backend` holds it true."""
+"""Architectures whose bridge is tested against dense, and what is particular about them: see `tests/backend`."""
 
 
 @dataclass(frozen=True)

@@ -102,8 +102,8 @@ def _apply_mask(
         key_mask = attention_mask.bool()
     elif attention_mask is not None:
         raise NotImplementedError(
-            f"{_layer(self).name}: an attention mask of shape {list(getattr(attention_mask, 'shape', []))} was given; a "
-            "streamed model takes the [batch, position] mask of padding only, and makes no T × T mask."
+            f"{_layer(self).name}: an attention mask of shape {list(getattr(attention_mask, 'shape', []))} was given; "
+            "a streamed model takes the [batch, position] mask of padding only, and makes no T × T mask."
         )
     return LazyScores(replace(attn_scores.steps, offset=offset, window=window, key_mask=key_mask))
 

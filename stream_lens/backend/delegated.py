@@ -1,7 +1,8 @@
 """Attention that transformers runs: its AttentionInterface hands us q, k, v, and we fire the bridge's hook_pattern.
 
-In dense TransformerLens a delegated component fires hook_pattern after the fact and discards edits. Here the hook stands
-between selection and output, so edits take effect. The same function serves models without any bridge.
+In dense TransformerLens a delegated component fires hook_pattern, then hook_attn_scores with the same probabilities, after
+the fact, and discards edits. Here hook_attn_scores comes first, as everywhere else, and hook_pattern stands between
+selection and output, so edits take effect. The same function serves models without any bridge.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stream_lens.backend.layer import StreamedLayer, attend, refuse_backward_hooks
 from stream_lens.backend.lazy_mask import IMPLEMENTATION, LazyMask
+from stream_lens.backend.lazy_scores import LazyScores, Steps
 from stream_lens.backend.scores import Scores
 from stream_lens.blocks import ScoreRule
 
@@ -43,11 +45,15 @@ def attention_forward(
     elif attention_mask is not None:
         raise NotImplementedError(f"{layer.name}: a custom 4-D attention mask was given; give the 2-D padding mask.")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    rule = ScoreRule(scale, offset, window, kwargs.get("softcap"), key_mask, kwargs.get("s_aux"))
+    scores = Scores(query, key, ScoreRule(scale, offset, window, kwargs.get("softcap"), key_mask, kwargs.get("s_aux")))
     bridge = module.__dict__.get("_stream_bridge")
-    pattern: Any = layer.make_pattern(Scores(query, key, rule), query.dtype)
     if bridge is not None:
         refuse_backward_hooks(layer, bridge[0])
+        lazy = LazyScores(Steps(query, key, layer, offset=offset))
+        if bridge[0].hook_attn_scores(lazy) is not lazy:
+            raise layer.score_edit_error()
+    pattern: Any = layer.make_pattern(scores, query.dtype)
+    if bridge is not None:
         pattern = bridge[0].hook_pattern(pattern)
     return attend(layer, pattern, value).transpose(1, 2).contiguous(), None
 
@@ -64,7 +70,7 @@ def _dense(
     if isinstance(attention_mask, LazyMask):
         attention_mask = attention_mask.dense(implementation)
     scaling, dropout = args
-    run = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
+    run: Any = ALL_ATTENTION_FUNCTIONS.get(implementation)
     if run is None:  # eager functions live in each model's own file
         import sys
 

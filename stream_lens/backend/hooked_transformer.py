@@ -1,4 +1,4 @@
-"""The seam in HookedTransformer (TransformerLens 3.x): three methods of its attention, the rest of its forward stays."""
+"""The seam in HookedTransformer (TransformerLens 3.x): three methods of its attention; the rest stays."""
 
 from __future__ import annotations
 

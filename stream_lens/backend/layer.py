@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stream_lens.backend.pattern import SparsePattern
-from stream_lens.backend.pattern_data import MassCell, PatternData, for_each_source
+from stream_lens.backend.pattern_data import MassCell, PatternData, for_each_source, is_whole, whole_rows
 from stream_lens.backend.scores import Scores
 from stream_lens.blocks import BlockMask, StreamConfig, block_sparse_attention, select_blocks
 from stream_lens.blocks.dense import dense_attention
@@ -43,16 +43,16 @@ class StreamedLayer:
         if self.pattern is not None:
             raise RuntimeError(f"{self.name}: a second softmax came before the first pattern met its values.")
         mask = select_blocks(scores.q, scores.k, self.config, scores.rule, layer=self.number)
-        whole = (list(range(mask.shape[0])), list(range(mask.shape[1])), 0)
-        data = PatternData(mask, None, MassCell(mask), whole, (scores,), dtype=dtype, layer=self.number, run=self)
+        rows = whole_rows(mask)
+        data = PatternData(mask, None, MassCell(mask), rows, (scores,), dtype=dtype, layer=self.number, run=self)
         self.pattern = SparsePattern(data)
         return SparsePattern(data)
 
     def score_edit_error(self) -> RuntimeError:
         return RuntimeError(
-            f"{self.name}: hook_attn_scores gave something else than it was handed. A streamed layer never computes its "
-            "T × T scores, so such an edit cannot take effect: edit hook_pattern instead (pattern.drop renormalises, as "
-            "masking a score does)."
+            f"{self.name}: hook_attn_scores gave something else than it was handed. A streamed layer never computes "
+            "its T × T scores, so such an edit cannot take effect: edit hook_pattern instead (pattern.drop "
+            "renormalises, as masking a score does)."
         )
 
 
@@ -74,7 +74,7 @@ def attend(layer: StreamedLayer, pattern: Tensor, values: Float[Tensor, "batch k
     if not isinstance(pattern, SparsePattern):
         return _dense_edit(layer, made, pattern, values)
     data = pattern.data_
-    if data.mask.shape != made.data_.mask.shape or data.present != (0, 1, 2, 3):
+    if _place(data) != _place(made.data_) or data.present != (0, 1, 2, 3):
         raise ValueError(
             f"{layer.name}: hook_pattern gave back {pattern!r}; this run needs {list(made.shape)}. Return the whole "
             "pattern, edited."
@@ -82,13 +82,18 @@ def attend(layer: StreamedLayer, pattern: Tensor, values: Float[Tensor, "batch k
     if layer.observe:
         return _observed(layer, made.data_, data, values)
     out, mass = _sparse(data, values, layer.kernel)
-    if mass is not None and data.mask is made.data_.mask:
-        made.data_.cell.fill(mass)
+    if is_whole(data):
+        data.cell.fill(mass)
     return out
 
 
-def _sparse(data: PatternData, values: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor | None]:
-    """Output, and block masses where one set of scores made all of it."""
+def _place(data: PatternData) -> tuple[object, ...]:
+    mask = data.mask
+    return mask.shape, mask.q_block, mask.k_block, mask.offset
+
+
+def _sparse(data: PatternData, values: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """Output and block masses, summed over runs where a pattern was patched together from several."""
 
     def run(scores: Scores, mask: BlockMask) -> Any:
         v = values
@@ -100,14 +105,14 @@ def _sparse(data: PatternData, values: Tensor, kernel: Kernel) -> tuple[Tensor, 
     results = for_each_source(data, run)
     if len(results) == 1:
         return results[0].out, results[0].block_mass
-    return torch.stack([result.out for result in results]).sum(0), None
+    return sum(result.out for result in results), sum(result.block_mass for result in results)
 
 
 def _observed(layer: StreamedLayer, made: PatternData, given: PatternData, values: Tensor) -> Tensor:
-    if given.edited or given.sources != made.sources:
+    if given.edited or (given.sources, given.cell_rows) != (made.sources, made.cell_rows):
         raise RuntimeError(
-            f"{layer.name}: the pattern was edited while streaming with observe=True, where the dense output flows on and "
-            "the edit could not take effect. Stream without observe to edit."
+            f"{layer.name}: the pattern was edited while streaming with observe=True, where the dense output flows on "
+            "and the edit could not take effect. Stream without observe to edit."
         )
     scores = made.sources[0]
     assert scores is not None
@@ -123,8 +128,8 @@ def _dense_edit(layer: StreamedLayer, made: SparsePattern, pattern: Any, values:
     if not isinstance(pattern, Tensor) or pattern.shape != made.shape:
         given = f"shape {list(pattern.shape)}" if isinstance(pattern, Tensor) else type(pattern).__name__
         raise ValueError(
-            f"{layer.name}: hook_pattern must give back the SparsePattern it was handed, edited or not, or a dense tensor "
-            f"of shape {list(made.shape)}; it gave {given}."
+            f"{layer.name}: hook_pattern must give back the SparsePattern it was handed, edited or not, or a dense "
+            f"tensor of shape {list(made.shape)}; it gave {given}."
         )
     groups = pattern.shape[1] // values.shape[1]
     return pattern.to(values.dtype) @ values.repeat_interleave(groups, 1)

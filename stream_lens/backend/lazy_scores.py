@@ -1,8 +1,8 @@
 """LazyScores: the attention scores that a streamed layer never computes.
 
-TransformerLens makes scores = q @ kᵀ, scales, soft-caps, masks, hooks and softmaxes them. A LazyScores goes through those
-steps in the scores' place and only notes them; at the softmax it becomes a SparsePattern. LazyHeads does the same for
-keys and values, so that TransformerLens' expansion of grouped heads copies nothing.
+TransformerLens makes scores = q @ kᵀ, scales, soft-caps, masks, hooks and softmaxes them. A LazyScores goes through
+those steps in the scores' place and only notes them; at the softmax it becomes a SparsePattern. LazyHeads does the same
+for keys and values, so that TransformerLens' expansion of grouped heads copies nothing.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ class LazyScores(torch.Tensor):
         if handler is None:
             name = getattr(func, "__name__", str(func))
             raise TypeError(
-                f"{name} on attention scores of a streamed layer: the T × T scores are never made, so they cannot be read "
-                "or edited. Edit the pattern instead: hook_pattern with pattern.drop, keep, scale or pattern[:, h] = 0."
+                f"{name} on attention scores of a streamed layer: the T × T scores are never made, so they cannot be "
+                "read or edited. Edit the pattern instead: hook_pattern with pattern.drop, keep, scale or "
+                "pattern[:, h] = 0."
             )
         return handler(*args, **(kwargs or {}))
 
@@ -166,14 +167,21 @@ def softmax(scores: LazyScores, dim: int = -1, dtype: torch.dtype | None = None,
 
 def _multiplied(scores: Any, factor: Any) -> LazyScores:
     scores, factor = (scores, factor) if isinstance(scores, LazyScores) else (factor, scores)
-    steps, factor = scores.steps, _number(factor)
+    steps, factor = _unmasked(scores), _number(factor)
     if steps.outer is None:
         return LazyScores(replace(steps, inner=steps.inner * factor))
     return LazyScores(replace(steps, outer=steps.outer * factor))
 
 
 def _tanh(scores: LazyScores) -> LazyScores:
-    return LazyScores(replace(scores.steps, outer=1.0))
+    return LazyScores(replace(_unmasked(scores), outer=1.0))
+
+
+def _unmasked(scores: LazyScores) -> Steps:
+    """The steps of scores that the model itself still scales; once masked, only a hook would change them."""
+    if scores.steps.offset is not None:
+        raise scores.steps.layer.score_edit_error()
+    return scores.steps
 
 
 def _number(factor: Any) -> float:

@@ -86,8 +86,8 @@ class UncomputedScores(torch.Tensor):
             shape = func(torch.empty(scores.shape, device="meta"), *args[1:], **kwargs).shape
             return UncomputedScores(shape, scores.dtype, scores.device)
         raise TypeError(
-            f"{getattr(func, '__name__', func)} on attention scores of a streamed layer, which were never made: use the "
-            "layer's pattern, for example cache['pattern', layer].to_dense(rows=slice(…), heads=[…])."
+            f"{getattr(func, '__name__', func)} on attention scores of a streamed layer, which were never made: use "
+            "the layer's pattern, for example cache['pattern', layer].to_dense(rows=slice(…), heads=[…])."
         )
 
     @classmethod

@@ -32,7 +32,8 @@ def run_with_masks(
     """One sparse forward of a long input: its last logits, and a cache of every layer's pattern.
 
     Unlike `model.run_with_cache` it caches patterns only unless asked for more, makes logits of the last positions only
-    (all positions of 8k tokens of Gemma 3 are 8.6 GB), and refuses a text longer than the context instead of cutting it.
+    (all positions of 8k tokens of Gemma 3 are 8.6 GB), and refuses a text longer than the context, where
+    TransformerLens would cut it.
 
     Args:
         model: HookedTransformer or TransformerBridge; streamed already, or streamed for this call.
@@ -100,8 +101,8 @@ def _run(
 
     hooks = []
     if on_layer is not None:
-        for layer in model.__dict__["_stream_session"].layers:
-            hooks.append((f"{layer.name}.hook_pattern", _teller(on_layer, layer.number)))
+        layers = model.__dict__["_stream_session"].layers
+        hooks = [(f"{layer.name}.hook_pattern", _teller(on_layer, layer.number)) for layer in layers]
     with torch.no_grad(), last_logits_only(model, last_logits), model.hooks(fwd_hooks=hooks):
         return model.run_with_cache(tokens, names_filter=wanted)
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stream_lens.backend.pattern_data import PatternData, block_mass, probabilities, row_slice, sliced
+from stream_lens.backend.pattern_data import PatternData, block_mass, masked, probabilities, row_slice, sliced
 from stream_lens.backend.pattern_index import PatternIndexError, parse_index
 from stream_lens.blocks import BlockMask
 
@@ -93,7 +93,7 @@ class SparsePattern(torch.Tensor):
 
     @property
     def scores_nbytes(self) -> int:
-        """Bytes of the queries and keys it refers to (shared with the cache's own rotated q and k where it has them)."""
+        """Bytes of the queries and keys it refers to, shared with the cache's own q and k where it has them."""
         return sum(scores.nbytes for scores in self.data_.sources if scores is not None)
 
     def to_dense(
@@ -195,7 +195,7 @@ class SparsePattern(torch.Tensor):
         """With other blocks, from this run's own queries and keys; the gate is reset to 1."""
         if (mask.shape, mask.q_block, mask.k_block) != (self.mask.shape, self.mask.q_block, self.mask.k_block):
             raise ValueError(f"the mask must cover the same tokens and blocks as {self.mask!r}; got {mask!r}.")
-        return SparsePattern(replace(self.data_, mask=mask, gate=None, edited=True))
+        return SparsePattern(masked(self.data_, mask, gate=None))
 
     def _with_kept(self, kept: Bool[Tensor, "batch head q_blocks k"]) -> SparsePattern:
         data = self.data_
@@ -203,4 +203,4 @@ class SparsePattern(torch.Tensor):
         order = (~kept).to(torch.uint8).sort(dim=-1, stable=True).indices
         indices = torch.where(kept, data.mask.indices, -1).gather(-1, order).contiguous()
         gate = None if data.gate is None else data.gate.gather(-1, order)
-        return SparsePattern(replace(data, mask=replace(data.mask, indices=indices), gate=gate, edited=True))
+        return SparsePattern(masked(data, replace(data.mask, indices=indices), gate=gate))

@@ -65,6 +65,21 @@ class PatternData:
     """Identity of the forward pass that made it, None once cached."""
 
 
+def masked(data: PatternData, mask: BlockMask, **changes: Any) -> PatternData:
+    """The pattern with other blocks; the running layer will fill in their masses."""
+    return replace(data, mask=mask, cell=MassCell(mask), edited=True, **changes)
+
+
+def is_whole(data: PatternData) -> bool:
+    """Whether it covers all that its cell does, in order."""
+    return data.cell.mask is data.mask and data.cell_rows == whole_rows(data.mask)
+
+
+def whole_rows(mask: BlockMask) -> tuple[list[int], list[int], int]:
+    """Where a pattern that covers all of `mask` lies in its cell."""
+    return list(range(mask.shape[0])), list(range(mask.shape[1])), 0
+
+
 def cached_copy(data: PatternData, keep_scores: bool) -> PatternData:
     """The data alone: what `detach` gives, for caches."""
     sources = tuple(None if scores is None or not keep_scores else scores.detach() for scores in data.sources)
@@ -100,7 +115,8 @@ def require_scores(data: PatternData, what: str) -> tuple[Scores, ...]:
 
 
 def for_each_source(data: PatternData, run: Callable[[Scores, BlockMask], Any]) -> list[Any]:
-    """`run(scores, mask)` for every source, with the mask's rows of other sources emptied."""
+    """`run(scores, mask)` for every source cut to the pattern, with the mask's rows of other sources emptied."""
+    batch, heads, _ = data.cell_rows
     results = []
     for number, scores in enumerate(data.sources):
         mask = data.mask
@@ -112,7 +128,7 @@ def for_each_source(data: PatternData, run: Callable[[Scores, BlockMask], Any]) 
         if scores is None:
             require_scores(data, "running this pattern")
         assert scores is not None
-        results.append(run(scores, mask))
+        results.append(run(scores.of(batch, heads).rows_of(mask), mask))
     return results
 
 
@@ -120,16 +136,12 @@ def block_mass(data: PatternData) -> Tensor:
     batch, heads, first = data.cell_rows
     if data.cell.value is not None:
         indices = data.cell.mask.indices[batch][:, heads, first : first + data.mask.q_blocks]
-        if data.source_of is None and indices.shape == data.mask.indices.shape:
-            if bool((indices == data.mask.indices).all()):
-                return data.cell.value[batch][:, heads, first : first + data.mask.q_blocks]
+        if torch.equal(indices, data.mask.indices):
+            return data.cell.value[batch][:, heads, first : first + data.mask.q_blocks]
     require_scores(data, "block_mass of an edited or unfinished pattern")
 
     def mass(scores: Scores, mask: BlockMask) -> Tensor:
-        own = scores.of(batch, heads)
-        q_start = mask.offset - own.rule.offset
-        q = own.q[:, :, q_start : q_start + mask.q_len]
-        return block_sparse_attention(q, own.k, own.k, mask, replace(own.rule, offset=mask.offset)).block_mass
+        return block_sparse_attention(scores.q, scores.k, scores.k, mask, scores.rule).block_mass
 
     with torch.no_grad():
         return torch.stack(for_each_source(data, mass)).sum(0)
@@ -137,13 +149,7 @@ def block_mass(data: PatternData) -> Tensor:
 
 def probabilities(data: PatternData, rows: slice) -> Tensor:
     require_scores(data, "to_dense")
-    batch, heads, _ = data.cell_rows
-
-    def dense(scores: Scores, mask: BlockMask) -> Tensor:
-        own = scores.of(batch, heads)
-        return own.probabilities(mask, rows, mask.offset - own.rule.offset)
-
-    total = torch.stack(for_each_source(data, dense)).sum(0)
+    total = torch.stack(for_each_source(data, lambda scores, mask: scores.probabilities(mask, rows))).sum(0)
     if data.gate is None:
         return total
     row = torch.arange(*rows.indices(data.mask.q_len), device=total.device)

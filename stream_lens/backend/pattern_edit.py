@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from stream_lens.backend.pattern import SparsePattern
-from stream_lens.backend.pattern_data import PatternData
+from stream_lens.backend.pattern_data import PatternData, masked
 from stream_lens.backend.pattern_index import PatternIndex, PatternIndexError, block_span, parse_index
 from stream_lens.backend.scores import Scores
 from stream_lens.blocks import BlockMask
@@ -86,6 +86,11 @@ def _patched(data: PatternData, where: PatternIndex, value: SparsePattern) -> Pa
             f"a part of {len(where.batch)} × {len(where.heads)} heads × {where.rows[1] - where.rows[0]} queries of "
             f"{mask!r} cannot be taken from {theirs.mask!r}: both runs need the same length and block sizes."
         )
+    if theirs.mask.window != mask.window:
+        raise ValueError(
+            f"a pattern with window {theirs.mask.window} cannot be patched into one with window {mask.window}: take it "
+            "from a layer with the same sliding window."
+        )
     if theirs.mask.offset != mask.offset + rows.start * mask.q_block:
         raise ValueError(
             f"rows at positions {mask.offset + where.rows[0]} cannot be taken from rows at {theirs.mask.offset}: "
@@ -102,14 +107,7 @@ def _patched(data: PatternData, where: PatternIndex, value: SparsePattern) -> Pa
         other = torch.ones(theirs.mask.indices.shape, device=indices.device) if theirs.gate is None else theirs.gate
         gate = _widened(ours, width, 1.0).clone()
         gate[at] = _widened(other, width, 1.0).to(gate)
-    return replace(
-        data,
-        mask=replace(mask, indices=indices),
-        gate=gate,
-        sources=sources,
-        source_of=source_of,
-        edited=True,
-    )
+    return masked(data, replace(mask, indices=indices), gate=gate, sources=sources, source_of=source_of)
 
 
 def _joined_sources(
@@ -122,7 +120,7 @@ def _joined_sources(
     sources = list(data.sources)
     renumbered = []
     for scores in theirs.sources:
-        if scores is not None and target != origin:
+        if scores is not None:
             scores = _relabelled(scores, origin, target, data)
         known = next((n for n, ours in enumerate(sources) if ours is scores), None)
         renumbered.append(len(sources) if known is None else known)
@@ -141,11 +139,11 @@ def _relabelled(
     scores: Scores, origin: tuple[list[int], list[int]], target: tuple[list[int], list[int]], data: PatternData
 ) -> Scores:
     """Scores laid out so that the target's batch rows and heads find the origin's: a head patched into another."""
-    if data.sources[0] is None:
-        return scores
-    batch, heads = data.sources[0].q.shape[:2]
-    from_batch, from_heads = list(range(batch)), list(range(heads))
     own_batch, own_heads = scores.q.shape[:2]
+    batch, heads = (own_batch, own_heads) if data.sources[0] is None else data.sources[0].q.shape[:2]
+    if target == origin and (batch, heads) == (own_batch, own_heads):
+        return scores
+    from_batch, from_heads = list(range(batch)), list(range(heads))
     from_batch = [min(i, own_batch - 1) for i in from_batch]
     from_heads = [min(i, own_heads - 1) for i in from_heads]
     for here, there in zip(target[0], origin[0], strict=True):

@@ -1,4 +1,4 @@
-"""What torch functions do on a SparsePattern: metadata, moves, the few steps of TransformerLens' forward; else an error."""
+"""What torch functions do on a SparsePattern: metadata, moves, a few steps of TransformerLens' forward, or an error."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def pattern_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if handler is None:
         name = getattr(func, "__name__", str(func))
         raise TypeError(
-            f"{name} on a SparsePattern would need the T × T pattern. Use pattern.to_dense(rows=slice(…), heads=[…]) for "
-            "probabilities of some rows, pattern.block_mass and pattern.mask for all, and pattern.scale, drop or keep "
-            "to edit."
+            f"{name} on a SparsePattern would need the T × T pattern. Use pattern.to_dense(rows=slice(…), heads=[…]) "
+            "for probabilities of some rows, pattern.block_mass and pattern.mask for all, and pattern.scale, drop or "
+            "keep to edit."
         )
     return handler(*args, **kwargs)
 

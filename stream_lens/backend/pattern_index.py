@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 AXES = ("batch", "head", "query", "key")
@@ -33,7 +34,7 @@ class PatternIndex:
 
 def parse_index(index: Any, shape: tuple[int, int, int, int], present: tuple[int, ...]) -> PatternIndex:
     """Spell out `index` on a pattern whose four axes have `shape`, of which only the axes `present` can be indexed."""
-    items = list(index) if isinstance(index, tuple) else [index]
+    items = [_plain(item) for item in (index if isinstance(index, tuple) else (index,))]
     if any(item is None for item in items):
         raise PatternIndexError("a SparsePattern takes no new axes (None in an index): index batch, head and query.")
     if Ellipsis in [item for item in items if not isinstance(item, torch.Tensor | list)]:
@@ -66,6 +67,11 @@ def block_span(
             f"or stream with a smaller {'q' if axis == 'query' else 'k'}_block."
         )
     return slice(start // block, -(-stop // block))
+
+
+def _plain(item: Any) -> Any:
+    """NumPy's arrays and integers, which TransformerLens' Slice makes of lists, as Python's."""
+    return item.tolist() if isinstance(item, np.ndarray | np.generic) else item
 
 
 def _is_int(item: Any) -> bool:

@@ -37,7 +37,9 @@ class Scores:
         return Scores(self.q.to(device), self.k.to(device), rule)
 
     def of(self, batch: list[int], heads: list[int]) -> Scores:
-        """Of some batch rows and heads; every head gets keys of its own, so the heads may come in any order."""
+        """Of some batch rows and heads. Unless they are all, in order, every head gets keys of its own."""
+        if batch == list(range(self.q.shape[0])) and heads == list(range(self.q.shape[1])):
+            return self
         groups = self.q.shape[1] // self.k.shape[1]
         rule = self.rule
         sinks = None if rule.sinks is None else rule.sinks[heads]
@@ -48,12 +50,19 @@ class Scores:
             replace(rule, sinks=sinks, key_mask=key_mask),
         )
 
-    def probabilities(self, mask: BlockMask, rows: slice, q_start: int) -> Float[Tensor, "batch head rows key"]:
-        """Softmax over the mask's kept keys for some rows of it; 0 elsewhere. `mask` begins at query `q_start`."""
+    def rows_of(self, mask: BlockMask) -> Scores:
+        """Of the queries that `mask` covers, all keys."""
+        start = mask.offset - self.rule.offset
+        if (start, mask.q_len) == (0, self.q.shape[2]):
+            return self
+        return Scores(self.q[:, :, start : start + mask.q_len], self.k, replace(self.rule, offset=mask.offset))
+
+    def probabilities(self, mask: BlockMask, rows: slice) -> Float[Tensor, "batch head rows key"]:
+        """Softmax over the mask's kept keys for some of its rows; 0 elsewhere. The queries are those of the mask."""
         index = torch.arange(*rows.indices(mask.q_len), device=self.q.device)
         groups = self.q.shape[1] // self.k.shape[1]
         dtype = computing_dtype(self.q.dtype)
-        q = self.q[:, :, q_start + index].to(dtype)
+        q = self.q[:, :, index].to(dtype)
         scores = (self.rule.scale * q) @ self.k.to(dtype).repeat_interleave(groups, 1).transpose(-1, -2)
         if self.rule.softcap is not None:
             scores = self.rule.softcap * torch.tanh(scores / self.rule.softcap)

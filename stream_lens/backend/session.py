@@ -97,8 +97,8 @@ def checked_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
         result = forward(self, *args, **kwargs)
         if layer.runs != before + 1:
             raise RuntimeError(
-                f"{layer.name} finished its forward with {layer.runs - before} streamed attentions instead of 1: it ran "
-                "dense. This attention cannot be streamed; please report it with the model's name."
+                f"{layer.name} finished its forward with {layer.runs - before} streamed attentions instead of 1: it "
+                "ran dense. This attention cannot be streamed; please report it with the model's name."
             )
         return result
 

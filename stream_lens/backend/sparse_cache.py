@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import ActivationCache
+from transformer_lens.utilities.slice import Slice
 
 from stream_lens.backend.pattern import SparsePattern
 from stream_lens.blocks import BlockMask, StreamConfig
@@ -127,7 +128,11 @@ class SparseActivationCache(ActivationCache):
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> SparseActivationCache:
         """As in TransformerLens, for patterns too."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
-        return SparseActivationCache(sliced.cache_dict, self.model, sliced.has_batch_dim, self.info)
+        info = self.info
+        if info.tokens is not None:
+            chosen = (batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)).apply(info.tokens)
+            info = replace(info, tokens=chosen.reshape(-1, info.tokens.shape[-1]))
+        return SparseActivationCache(sliced.cache_dict, self.model, sliced.has_batch_dim, info)
 
     def without_scores(self) -> SparseActivationCache:
         """A cache whose patterns hold masks, gates and masses only: no `to_dense`, no patching, less memory."""
