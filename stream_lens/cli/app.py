@@ -1,0 +1,42 @@
+"""The typer application, and what all commands share."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+from stream_lens.cli.trace import trace_command
+
+app = typer.Typer(
+    name="stream-lens",
+    help=(
+        "Sparse attention patterns of long texts: which key blocks every query block of every head needs, in one "
+        "forward pass, without T × T memory."
+    ),
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("trace")(trace_command)
+
+
+@app.callback()
+def _main() -> None:
+    # TransformerLens and transformers talk on import and on load; errors still come through.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are one red line and exit code 1."""
+    try:
+        app()
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, OSError) as error:
+        if os.environ.get("STREAM_LENS_TRACEBACK"):
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        sys.exit(1)

@@ -1,0 +1,142 @@
+"""Pictures of block masks: which key blocks each query block keeps, and the attention mass they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from stream_lens.blocks import BlockMask
+from stream_lens.plots.theme import COLOURS, SCALE, styled
+
+Span = tuple[int, int]
+LARGEST_SIDE = 512
+"""Cells along a side of one picture; longer texts are drawn by adding up neighbouring blocks."""
+
+
+def mask_image(
+    mask: BlockMask,
+    mass: Float[Tensor, "batch head q_blocks k"] | None,
+    *,
+    head: int,
+    batch: int = 0,
+    largest: int = LARGEST_SIDE,
+) -> tuple[np.ndarray, int, int]:
+    """One head's mask as an image: NaN where nothing is kept, else the mean share of a row's attention.
+
+    Without `mass` the value is the share of kept blocks in the cell. Returns the image [rows, columns] and how many
+    tokens a row and a column stand for. O(q_blocks · k), never q_blocks × k_blocks beyond `largest` a side.
+    """
+    indices = mask.indices[batch, head].cpu().long()
+    rows_each = -(-mask.q_blocks // largest)
+    columns_each = -(-mask.k_blocks // largest)
+    shape = (-(-mask.q_blocks // rows_each), -(-mask.k_blocks // columns_each))
+    row = torch.arange(mask.q_blocks)[:, None].expand_as(indices) // rows_each
+    kept = indices >= 0
+    cell = (row * shape[1] + indices.clamp(min=0) // columns_each)[kept]
+    count = torch.zeros(shape[0] * shape[1]).index_add_(0, cell, torch.ones(len(cell)))
+    if mass is None:
+        value = count / (rows_each * columns_each)
+    else:
+        share = mass[batch, head].detach().cpu().float()[kept] / mask.q_block
+        value = torch.zeros(len(count)).index_add_(0, cell, share) / rows_each
+    image = torch.where(count > 0, value, torch.nan).view(shape).numpy()
+    return image, rows_each * mask.q_block, columns_each * mask.k_block
+
+
+def mask_figure(
+    panels: Sequence[tuple[str, BlockMask, Float[Tensor, "batch head q_blocks k"] | None, int]],
+    title: str,
+    *,
+    spans: Mapping[str, Span] | None = None,
+    columns: int = 2,
+    panel_height: int = 470,
+) -> go.Figure:
+    """A picture with one panel for each (name, mask, block mass, head).
+
+    Args:
+        panels: what to draw; the mass may be None.
+        title: says model, T, k and pruned share.
+        spans: token spans to mark along both axes, by name.
+        columns: panels in a row.
+        panel_height: pixels.
+    """
+    if not panels:
+        raise ValueError("give at least one panel to draw.")
+    rows = -(-len(panels) // columns)
+    columns = min(columns, len(panels))
+    figure = make_subplots(
+        rows=rows,
+        cols=columns,
+        subplot_titles=[name for name, *_ in panels],
+        horizontal_spacing=0.09,
+        vertical_spacing=0.13 / rows + 0.03,
+    )
+    for number, (_, mask, mass, head) in enumerate(panels):
+        row, column = number // columns + 1, number % columns + 1
+        figure.add_trace(_heatmap(mask, mass, head, show_scale=number == 0), row=row, col=column)
+        _mark_spans(figure, mask, spans or {}, row, column)
+        figure.update_xaxes(title_text="key token", range=[0, mask.kv_len], row=row, col=column)
+        figure.update_yaxes(
+            title_text="query token",
+            range=[mask.offset + mask.q_len, mask.offset],
+            row=row,
+            col=column,
+        )
+    styled(figure, title, height=panel_height * rows + 110)
+    return figure
+
+
+def _heatmap(mask: BlockMask, mass: Tensor | None, head: int, *, show_scale: bool) -> go.Heatmap:
+    image, row_tokens, column_tokens = mask_image(mask, mass, head=head)
+    shown = np.log10(np.maximum(image, 1e-4))
+    what = "share of a row" if mass is not None else "share of blocks kept"
+    return go.Heatmap(
+        z=shown,
+        x=(np.arange(image.shape[1]) + 0.5) * column_tokens,
+        y=mask.offset + (np.arange(image.shape[0]) + 0.5) * row_tokens,
+        zmin=-4,
+        zmax=0,
+        colorscale=SCALE,
+        showscale=show_scale,
+        customdata=image,
+        hovertemplate=(
+            f"queries %{{y:.0f}} ± {row_tokens / 2:.0f}<br>keys %{{x:.0f}} ± {column_tokens / 2:.0f}"
+            f"<br>{what}: %{{customdata:.3g}}<extra></extra>"
+        ),
+        colorbar={
+            "title": {"text": what, "side": "right"},
+            "tickvals": [-4, -3, -2, -1, 0],
+            "ticktext": ["≤ 0.0001", "0.001", "0.01", "0.1", "1"],
+            "thickness": 12,
+        },
+    )
+
+
+def _mark_spans(figure: go.Figure, mask: BlockMask, spans: Mapping[str, Span], row: int, column: int) -> None:
+    colours = [COLOURS["red"], COLOURS["blue"], COLOURS["green"], COLOURS["pink"]]
+    for number, (name, (start, stop)) in enumerate(spans.items()):
+        colour = colours[number % len(colours)]
+        line = {"width": 0, "color": colour}
+        # A span of few tokens would be thinner than a pixel, so the band is at least a three-hundredth of the axis.
+        least = mask.kv_len / 300
+        stop = max(stop, start + least)
+        figure.add_vrect(
+            x0=start,
+            x1=stop,
+            fillcolor=colour,
+            opacity=0.35,
+            line=line,
+            row=row,
+            col=column,
+            annotation_text=name if row == column == 1 else None,
+            annotation_position="top right",
+            annotation_font={"color": colour, "size": 12},
+        )
+        if mask.offset <= start < mask.offset + mask.q_len:
+            figure.add_hrect(y0=start, y1=stop, fillcolor=colour, opacity=0.2, line=line, row=row, col=column)
