@@ -56,11 +56,20 @@ def block_sparse_attention(
         RuntimeError: a forced kernel cannot run here; the message says why.
     """
     rule = rule or ScoreRule(q.shape[-1] ** -0.5, mask.offset, mask.window)
+    check_operands(q, k, v, mask, rule)
+    if v.dtype != k.dtype:
+        raise ValueError(f"q, k and v must share one dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
+    if gate is not None and gate.shape != mask.indices.shape:
+        raise ValueError(f"gate must have one value per slot, {list(mask.indices.shape)}; got {list(gate.shape)}.")
+    path = choose_kernel(kernel, q)
+    return SparseAttention(*_BlockAttention.apply(q, k, v, gate, rule.sinks, mask, rule, path))
+
+
+def check_operands(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, rule: ScoreRule) -> None:
+    """Raise ValueError unless all of these describe one attention."""
     check_shapes(q, k, rule)
     if v.shape[:3] != k.shape[:3] or v.shape[3] != k.shape[3]:
         raise ValueError(f"v {tuple(v.shape)} must have the shape of k {tuple(k.shape)}.")
-    if v.dtype != k.dtype:
-        raise ValueError(f"q, k and v must share one dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
     if mask.shape != (q.shape[0], q.shape[1], q.shape[2], k.shape[2]) or mask.offset != rule.offset:
         raise ValueError(
             f"the mask stands for a pattern of {list(mask.shape)} at offset {mask.offset}; q and k make "
@@ -71,10 +80,6 @@ def block_sparse_attention(
             f"the mask has window {mask.window} and the rule window {rule.window}: they describe one layer, so give "
             "both the same."
         )
-    if gate is not None and gate.shape != mask.indices.shape:
-        raise ValueError(f"gate must have one value per slot, {list(mask.indices.shape)}; got {list(gate.shape)}.")
-    path = choose_kernel(kernel, q)
-    return SparseAttention(*_BlockAttention.apply(q, k, v, gate, rule.sinks, mask, rule, path))
 
 
 class _BlockAttention(torch.autograd.Function):
