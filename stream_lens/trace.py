@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from jaxtyping import Int
 from torch import Tensor
 

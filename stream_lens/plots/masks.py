@@ -124,19 +124,13 @@ def _mark_spans(figure: go.Figure, mask: BlockMask, spans: Mapping[str, Span], r
         colour = colours[number % len(colours)]
         line = {"width": 0, "color": colour}
         # A span of few tokens would be thinner than a pixel, so the band is at least a three-hundredth of the axis.
-        least = mask.kv_len / 300
+        least = -(-mask.kv_len // 300)
         stop = max(stop, start + least)
-        figure.add_vrect(
-            x0=start,
-            x1=stop,
-            fillcolor=colour,
-            opacity=0.35,
-            line=line,
-            row=row,
-            col=column,
-            annotation_text=name if row == column == 1 else None,
-            annotation_position="top right",
-            annotation_font={"color": colour, "size": 12},
+        named: dict[str, object] = (
+            {} if (row, column) != (1, 1) else {"annotation_text": name, "annotation_position": "top right"}
         )
+        if named:
+            named["annotation_font"] = {"color": colour, "size": 12}
+        figure.add_vrect(x0=start, x1=stop, fillcolor=colour, opacity=0.35, line=line, row=row, col=column, **named)
         if mask.offset <= start < mask.offset + mask.q_len:
             figure.add_hrect(y0=start, y1=stop, fillcolor=colour, opacity=0.2, line=line, row=row, col=column)
