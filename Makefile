@@ -42,7 +42,7 @@ bench: $(INSTALLED) ## run the benchmarks, one after another
 	@for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/
-	$(BIN)/python -m mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 notebooks: $(VENV)/.installed-notebooks ## run every tutorial from top to bottom
 	@for notebook in tutorials/*.ipynb; do echo "== $$notebook"; $(BIN)/jupyter-execute "$$notebook" $(ARGS) || exit 1; done
