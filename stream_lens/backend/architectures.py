@@ -59,7 +59,7 @@ def attention_kind(attn: Any) -> AttentionKind:
             if cls.__name__ == name and _is_inherited(type(attn), cls, method):
                 return AttentionKind()
     base = next((cls for cls in type(attn).__mro__ if cls.__name__ == "AttentionBridge"), None)
-    if base is not None and type(attn).forward is base.forward:
+    if base is not None and _is_inherited(type(attn), base, "forward"):
         if getattr(attn, "original_component", None) is None:
             return AttentionKind(reason="its attention wraps no transformers module")
         return AttentionKind(delegated=True)

@@ -76,7 +76,10 @@ def dense_overrides(attn: Any) -> dict[str, Callable[..., Any]]:
     """The methods that let a layer that stays dense read the masks of a streamed model."""
     if attention_kind(attn).delegated:
         return {}
-    return {"_apply_reconstruct_attention_mask": _dense_mask_of(type(attn)._apply_reconstruct_attention_mask)}
+    return {
+        "_apply_reconstruct_attention_mask": _dense_mask_of(type(attn)._apply_reconstruct_attention_mask),
+        "_update_kv_cache": _with_past_of(type(attn)._update_kv_cache),
+    }
 
 
 def _layer(attn: Any) -> StreamedLayer:
@@ -86,10 +89,28 @@ def _layer(attn: Any) -> StreamedLayer:
 def _lazy_heads_of(update: Callable[..., Any]) -> Callable[..., Any]:
     def _update_kv_cache(self: Any, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         refuse_backward_hooks(_layer(self), self)
-        k, v = update(self, k, v, **kwargs)
+        k, v = update(self, k, v, **_with_past(kwargs))
         return LazyHeads(k, _layer(self)), LazyHeads(v, _layer(self))
 
     return _update_kv_cache
+
+
+def _with_past_of(update: Callable[..., Any]) -> Callable[..., Any]:
+    def _update_kv_cache(self: Any, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return update(self, k, v, **_with_past(kwargs))
+
+    return _update_kv_cache
+
+
+def _with_past(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The KV cache under the name that TransformerLens looks for.
+
+    transformers 5.24 hands it down as `cache`. TransformerLens up to 4.3 does not know that name: its dense bridges then
+    generate as if there were no prompt.
+    """
+    if kwargs.get("cache") is None or kwargs.get("past_key_values") is not None:
+        return kwargs
+    return {**kwargs, "past_key_values": kwargs["cache"]}
 
 
 def _apply_mask(

@@ -1,8 +1,8 @@
 """Attention that transformers runs: its AttentionInterface hands us q, k, v, and we fire the bridge's hook_pattern.
 
-In dense TransformerLens a delegated component fires hook_pattern, then hook_attn_scores with the same probabilities, after
-the fact, and discards edits. Here hook_attn_scores comes first, as everywhere else, and hook_pattern stands between
-selection and output, so edits take effect. The same function serves models without any bridge.
+In dense TransformerLens a delegated component fires hook_pattern, then hook_attn_scores with the same probabilities,
+after the fact, and discards edits. Here hook_attn_scores comes first, as everywhere else, and hook_pattern stands
+between selection and output, so edits take effect. The same function serves models without any bridge.
 """
 
 from __future__ import annotations

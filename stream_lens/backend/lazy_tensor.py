@@ -15,7 +15,7 @@ METADATA = frozenset(
         Tensor.ndim.__get__,  # type: ignore[attr-defined]
         Tensor.layout.__get__,  # type: ignore[attr-defined]
         Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-        Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
+        Tensor.grad_fn.__get__,  # type: ignore[attr-defined, union-attr]
         Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
         Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
         Tensor.is_meta.__get__,  # type: ignore[attr-defined]
