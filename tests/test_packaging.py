@@ -7,11 +7,13 @@ test that sabotages a copy and sees it fail.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -60,22 +62,18 @@ def build_wheel(project: Path, target: Path) -> list[str]:
         return archive.namelist()
 
 
-def wheel_objections(names: list[str]) -> list[str]:
+def wheel_objections(names: list[str], project: Path) -> list[str]:
     """What is wrong with a wheel that holds these files: all that lies in the two packages ships, and nothing else."""
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     found = [f"unexpected top level: {top}" for top in sorted(tops - {"stream_lens", "stream_kernels"})]
-    packages = (ROOT / "stream_lens", ROOT / "kernels" / "stream_kernels")
-    sources = [path for package in packages for path in package.rglob("*") if path.is_file()]
-    expected = {_name_in_wheel(path) for path in sources if "__pycache__" not in path.parts}
+    expected = set()
+    for base, package in ((project, "stream_lens"), (project / "kernels", "stream_kernels")):
+        files = [path.relative_to(base) for path in (base / package).rglob("*") if path.is_file()]
+        expected |= {path.as_posix() for path in files if "__pycache__" not in path.parts}
     found += [f"missing: {name}" for name in sorted(expected - set(names))]
     if not any(name.endswith(".dist-info/licenses/LICENSE") for name in names):
         found.append("missing: LICENSE")
     return found
-
-
-def _name_in_wheel(path: Path) -> str:
-    base = ROOT / "kernels" if (ROOT / "kernels") in path.parents else ROOT
-    return path.relative_to(base).as_posix()
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +123,13 @@ def probe(root: Path, *on_path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
+def test_every_command_leads_to_a_function():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    for target in scripts.values():
+        module, _, name = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+
+
 def test_nothing_of_ours_is_called_kernels():
     assert not namesakes(ROOT)
 
@@ -139,7 +144,7 @@ def test_a_namesake_is_found(tmp_path, name):
 
 def test_wheel_holds_both_packages_and_nothing_else(tmp_path, needs_setuptools):
     project = copy_of_the_project(tmp_path / "project")
-    assert not wheel_objections(build_wheel(project, tmp_path / "wheel"))
+    assert not wheel_objections(build_wheel(project, tmp_path / "wheel"), project)
 
 
 def test_a_wrong_wheel_is_found(tmp_path, needs_setuptools):
@@ -151,7 +156,7 @@ def test_a_wrong_wheel_is_found(tmp_path, needs_setuptools):
     text = text.replace('"stream_kernels*"]', '"stream_kernels*", "kernels"]').replace('"**/*.h"', '"**/*.none"')
     text = text.replace('license-files = ["LICENSE"]', "license-files = []")
     (project / "pyproject.toml").write_text(text)
-    found = wheel_objections(build_wheel(project, tmp_path / "wheel"))
+    found = wheel_objections(build_wheel(project, tmp_path / "wheel"), ROOT)
     assert "unexpected top level: kernels" in found
     assert "missing: stream_lens/py.typed" in found
     assert "missing: LICENSE" in found
