@@ -1,4 +1,4 @@
-"""Which path runs block-sparse attention: Triton on GPUs, the C++ operator on CPUs, plain torch everywhere."""
+"""Which path runs attention and the search: Triton on GPUs, the C++ operators on CPUs, plain torch everywhere."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from stream_kernels.cpu import cpu_available, cpu_block_attention_backward, cpu_block_attention_forward
+from stream_kernels.cpu import (
+    cpu_available,
+    cpu_block_attention_backward,
+    cpu_block_attention_forward,
+    cpu_select_blocks,
+)
 from stream_kernels.launch import why_not_triton
 from stream_lens.blocks import torch_attention
-from stream_lens.blocks.search import CHUNK_BYTES
+from stream_lens.blocks.config import StreamConfig
+from stream_lens.blocks.search import CHUNK_BYTES, Search
 
 Kernel = Literal["auto", "triton", "cpp", "torch"]
 KERNELS: tuple[str, ...] = get_args(Kernel)
@@ -51,6 +58,15 @@ PATHS = {
 }
 
 
+def _triton_search(*args: Any, **kwargs: Any) -> Tensor:
+    from stream_kernels.select_blocks.select import select_blocks_triton  # imports Triton
+
+    return select_blocks_triton(*args, **kwargs)
+
+
+SEARCHES: dict[str, Callable[..., Tensor]] = {"triton": _triton_search, "cpp": cpu_select_blocks}
+
+
 def choose_kernel(kernel: Kernel, q: Tensor) -> KernelPath:
     """The path for tensors like `q` ([..., d_head]): the fastest that can run, or the one asked for.
 
@@ -67,6 +83,57 @@ def choose_kernel(kernel: Kernel, q: Tensor) -> KernelPath:
     # The interpreter runs Triton on CPU tensors for tests: it is never the fastest path.
     fastest = "cpp" if q.device.type == "cpu" else "triton"
     return PATHS["torch" if why_not(fastest, q.device, q.dtype, q.shape[-1]) else fastest]
+
+
+def choose_search(kernel: Kernel, search: Search) -> str:
+    """The path that searches for blocks, as `choose_kernel` does: "triton", "cpp" or "torch"."""
+    check_kernel(kernel)
+    if kernel != "auto":
+        reason = why_not_search(kernel, search)
+        if reason is not None:
+            raise RuntimeError(f"kernel={kernel!r} cannot run here: {reason}")
+        return kernel
+    fastest = "cpp" if search.q.device.type == "cpu" else "triton"
+    return "torch" if why_not_search(fastest, search) else fastest
+
+
+def why_not_search(kernel: str, search: Search) -> str | None:
+    """One sentence that says why a path cannot run this search; None when it can."""
+    if kernel == "torch":
+        return None
+    if search.config.selector != "stream":
+        return f"selector {search.config.selector!r} runs in plain torch only: use kernel='auto' or 'torch'."
+    q = search.q
+    reason = why_not(kernel, q.device, q.dtype, q.shape[-1])
+    if reason is None and kernel == "triton":
+        from stream_kernels.select_blocks.configs import unsupported
+
+        reason = unsupported(d_head=q.shape[-1], slots=search.slots, **search_options(search.config))
+    return reason
+
+
+def search_options(config: StreamConfig) -> dict[str, Any]:
+    """The choices that the compiled searches take."""
+    names = ("q_block", "k_block", "representative", "reduce", "rank", "oversample", "query_stride")
+    return {name: getattr(config, name) for name in names}
+
+
+def run_search(path: str, search: Search) -> Int[Tensor, "batch head q_blocks slots"]:
+    """The finished indices, forced blocks included, by a compiled path."""
+    ranges = search.ranges
+    return SEARCHES[path](
+        search.q,
+        search.k,
+        search.rule,
+        first=ranges.first,
+        sink_stop=ranges.sink_stop,
+        local_start=ranges.local_start,
+        stop=ranges.stop,
+        free=search.free,
+        slots=search.slots,
+        rounds=search.rounds,
+        **search_options(search.config),
+    )
 
 
 def check_kernel(kernel: str) -> None:

@@ -97,12 +97,17 @@ def forced_blocks(search: Search, q_blocks: slice) -> Int[Tensor, "batch q_block
 
 def assembled(search: Search, picked: Int[Tensor, "batch head q_blocks slots"]) -> BlockMask:
     """The mask of the picked blocks and the forced ones."""
-    config, rule = search.config, search.rule
     forced = forced_blocks(search, slice(0, search.free.shape[2]))
     forced = repeat(forced, "b i f -> b h i f", h=search.q.shape[1])
     indices = ascending(torch.cat([forced, picked], -1))
+    return mask_of(search, indices[..., : search.slots].contiguous())
+
+
+def mask_of(search: Search, indices: Int[Tensor, "batch head q_blocks slots"]) -> BlockMask:
+    """Finished indices as a mask over the search's tokens."""
+    config, rule = search.config, search.rule
     return BlockMask(
-        indices[..., : search.slots].contiguous(),
+        indices,
         config.q_block,
         config.k_block,
         search.q.shape[2],

@@ -17,8 +17,9 @@ from stream_lens.blocks.config import StreamConfig
 from stream_lens.blocks.controls import exhaustive, random, window_sinks
 from stream_lens.blocks.geometry import BlockRanges, block_ranges
 from stream_lens.blocks.hierarchical import SearchRound, hierarchical
+from stream_lens.blocks.kernel_choice import Kernel, choose_search, run_search
 from stream_lens.blocks.schedule import FractionOfPrefix, MassThreshold
-from stream_lens.blocks.search import Picker, Search, assembled
+from stream_lens.blocks.search import Picker, Search, assembled, mask_of
 
 SELECTORS: dict[str, Picker] = {
     "stream": hierarchical,
@@ -53,6 +54,7 @@ def select_blocks(
     *,
     layer: int | None = ...,
     return_rounds: Literal[False] = ...,
+    kernel: Kernel = ...,
 ) -> BlockMask: ...
 
 
@@ -65,6 +67,7 @@ def select_blocks(
     *,
     layer: int | None = ...,
     return_rounds: Literal[True],
+    kernel: Kernel = ...,
 ) -> tuple[BlockMask, list[SearchRound]]: ...
 
 
@@ -77,6 +80,7 @@ def select_blocks(
     *,
     layer: int | None = None,
     return_rounds: bool = False,
+    kernel: Kernel = "auto",
 ) -> BlockMask | tuple[BlockMask, list[SearchRound]]:
     """Choose the key blocks of every query block.
 
@@ -87,27 +91,33 @@ def select_blocks(
             as the last positions of the keys.
         layer: which layer this is, for `config.overrides`.
         return_rounds: also return the state of every round (selector "stream" only); all query blocks in one piece, so
-            for short texts.
+            for short texts, and in plain torch.
+        kernel: "auto", or a path to force: "triton" (CUDA, ROCm), "cpp" (CPU, float32 and bfloat16), "torch". All keep
+            the same blocks, but for scores that differ by rounding only.
 
     Returns:
         The mask, or the mask and the rounds.
 
     Raises:
         ValueError: shapes do not fit, the selector is not known, or rounds are asked of another selector.
+        RuntimeError: a forced kernel cannot run here; the message says why.
     """
     rule = rule or ScoreRule(q.shape[-1] ** -0.5, offset=k.shape[2] - q.shape[2])
     check_shapes(q, k, rule)
     if config.selector not in SELECTORS:
         raise ValueError(f"selector={config.selector!r} is not known: choose one of {', '.join(SELECTORS)}.")
+    if return_rounds and (config.selector != "stream" or kernel not in ("auto", "torch")):
+        raise ValueError(
+            f"selector {config.selector!r} with kernel {kernel!r} has no rounds to return: use selector='stream' and "
+            "kernel='torch'."
+        )
     search = prepared(q, k, rule, config, layer)
     rounds: list[SearchRound] = []
-    if return_rounds:
-        if config.selector != "stream":
-            raise ValueError(f"selector {config.selector!r} has no rounds: use selector='stream'.")
-        picked = hierarchical(search, rounds)
+    path = "torch" if return_rounds else choose_search(kernel, search)
+    if path != "torch":
+        mask = mask_of(search, run_search(path, search))
     else:
-        picked = SELECTORS[config.selector](search)
-    mask = assembled(search, picked)
+        mask = assembled(search, hierarchical(search, rounds) if return_rounds else SELECTORS[config.selector](search))
     if isinstance(config.k, MassThreshold):
         mask = _trimmed_to_mass(q, k, rule, mask, search, config.k.mass)
     return (mask, rounds) if return_rounds else mask

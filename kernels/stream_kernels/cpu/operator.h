@@ -35,6 +35,20 @@ inline at::ScalarType compute_dtype(const at::Tensor& q) {
   return half ? at::kBFloat16 : at::kFloat;
 }
 
+inline Sizes make_sizes(const at::Tensor& q, const at::Tensor& k, int64_t q_block, int64_t k_block, int64_t slots) {
+  const int64_t query_len = q.size(2), key_len = k.size(2);
+  return {q.size(0), q.size(1), k.size(1),
+          query_len, key_len,   q.size(3),
+          q_block,   k_block,   (query_len + q_block - 1) / q_block,
+          (key_len + k_block - 1) / k_block, slots};
+}
+
+inline Rule make_rule(const Sizes& n, double scale, int64_t offset, std::optional<int64_t> window,
+                      std::optional<double> softcap, const at::Tensor& key_mask) {
+  return {static_cast<float>(scale), offset, window.value_or(n.key_len + n.query_len + offset),
+          static_cast<float>(softcap.value_or(0)), key_mask.defined() ? key_mask.const_data_ptr<bool>() : nullptr};
+}
+
 inline Operands make_operands(STREAM_LENS_OPERANDS) {
   Operands x;
   const at::ScalarType dtype = compute_dtype(q);
@@ -45,21 +59,8 @@ inline Operands make_operands(STREAM_LENS_OPERANDS) {
   x.key_mask = contiguous_as(key_mask, at::kBool);
   x.sinks = contiguous_as(sinks, at::kFloat);
   x.gate = contiguous_as(gate, at::kFloat);
-  const int64_t query_len = q.size(2), key_len = k.size(2);
-  x.sizes = Sizes{q.size(0),
-                  q.size(1),
-                  k.size(1),
-                  query_len,
-                  key_len,
-                  q.size(3),
-                  q_block,
-                  k_block,
-                  (query_len + q_block - 1) / q_block,
-                  (key_len + k_block - 1) / k_block,
-                  indices.size(3)};
-  x.rule =
-      Rule{static_cast<float>(scale), offset, window.value_or(key_len + query_len + offset),
-           static_cast<float>(softcap.value_or(0)), x.key_mask.defined() ? x.key_mask.const_data_ptr<bool>() : nullptr};
+  x.sizes = make_sizes(q, k, q_block, k_block, indices.size(3));
+  x.rule = make_rule(x.sizes, scale, offset, window, softcap, x.key_mask);
   return x;
 }
 

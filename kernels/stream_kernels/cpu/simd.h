@@ -85,6 +85,30 @@ inline Lanes exp(Lanes x) {
   return x < -87.3f ? Lanes{} : scaled;
 }
 
+// ln x for normal x > 0 to about one unit in the last place; -inf for 0.
+// x = 2^n m with m in [sqrt ½, sqrt 2), then a degree-9 polynomial in m - 1.
+inline Lanes log(Lanes x) {
+  const BitLanes bits = bits_as<BitLanes>(x);
+  const IntLanes half = bits_as<IntLanes>((bits & 0x007fffffu) | 0x3f000000u);  // m / 2 or m, in [½, 1)
+  const Lanes low = bits_as<Lanes>(half);
+  const Lanes exponent = __builtin_convertvector(bits_as<IntLanes>(bits >> 23) - 126, Lanes);
+  const auto small = low < 0.707106781186547524f;
+  const Lanes n = small ? exponent - 1.0f : exponent;
+  const Lanes r = small ? low + low - 1.0f : low - 1.0f;
+  Lanes p = r * 7.0376836292e-2f + -1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r + -1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r + -1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r + -2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const Lanes square = r * r;
+  Lanes y = p * r * square + n * -2.12194440e-4f;
+  y = y - 0.5f * square + r + n * 0.693359375f;
+  return x > 0.0f ? y : splat(-kInf);
+}
+
 // Odd polynomial near zero (no cancellation), 1 - 2 / (e^2|x| + 1) elsewhere.
 inline Lanes tanh(Lanes x) {
   const Lanes magnitude = x < 0 ? -x : x;
