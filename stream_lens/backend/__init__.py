@@ -1,6 +1,7 @@
 """The TransformerLens side: a model's attention made sparse, its patterns, its cache."""
 
 from stream_lens.backend.install import Streamed, install, is_streamed, stream, uninstall
+from stream_lens.backend.lazy_tensor import DenseNeededError
 from stream_lens.backend.long_inputs import MemoryEstimate, memory_estimate, run_with_masks
 from stream_lens.backend.pattern import SparsePattern
 from stream_lens.backend.pattern_data import NoScoresError
@@ -10,6 +11,7 @@ from stream_lens.backend.sparse_cache import Compression, RunInfo, SparseActivat
 
 __all__ = [
     "Compression",
+    "DenseNeededError",
     "MemoryEstimate",
     "NoScoresError",
     "PatternIndexError",

@@ -105,8 +105,8 @@ def _with_past_of(update: Callable[..., Any]) -> Callable[..., Any]:
 def _with_past(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The KV cache under the name that TransformerLens looks for.
 
-    transformers 5.24 hands it down as `cache`. TransformerLens up to 4.3 does not know that name: its dense bridges then
-    generate as if there were no prompt.
+    transformers 5.24 hands it down as `cache`. TransformerLens up to 4.3 does not know that name: its dense bridges
+    then generate as if there were no prompt.
     """
     if kwargs.get("cache") is None or kwargs.get("past_key_values") is not None:
         return kwargs

@@ -96,10 +96,9 @@ def _sparse(data: PatternData, values: Tensor, kernel: Kernel) -> tuple[Tensor, 
     """Output and block masses, summed over runs where a pattern was patched together from several."""
 
     def run(scores: Scores, mask: BlockMask) -> Any:
-        v = values
-        if scores.k.shape[1] != v.shape[1]:
-            v = v.repeat_interleave(scores.k.shape[1] // v.shape[1], 1)
-        k = scores.k.to(v.dtype)
+        # One of them may have a head for each query head where the other has one for each group.
+        kv_heads = max(scores.k.shape[1], values.shape[1])
+        k, v = (x.repeat_interleave(kv_heads // x.shape[1], 1) for x in (scores.k.to(values.dtype), values))
         return block_sparse_attention(scores.q.to(v.dtype), k, v, mask, scores.rule, data.gate, kernel=kernel)
 
     results = for_each_source(data, run)

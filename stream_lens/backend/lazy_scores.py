@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from stream_lens.backend.lazy_tensor import METADATA, UncomputedScores, target_of_to
+from stream_lens.backend.lazy_tensor import METADATA, DenseNeededError, UncomputedScores, target_of_to
 from stream_lens.backend.scores import Scores
 from stream_lens.blocks import ScoreRule
 
@@ -76,7 +76,7 @@ class LazyScores(torch.Tensor):
         handler = _SCORE_HANDLERS.get(func)
         if handler is None:
             name = getattr(func, "__name__", str(func))
-            raise TypeError(
+            raise DenseNeededError(
                 f"{name} on attention scores of a streamed layer: the T × T scores are never made, so they cannot be "
                 "read or edited. Edit the pattern instead: hook_pattern with pattern.drop, keep, scale or "
                 "pattern[:, h] = 0."
@@ -85,7 +85,7 @@ class LazyScores(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise TypeError(f"{func} would need the T × T scores, which a streamed layer never makes.")
+        raise DenseNeededError(f"{func} would need the T × T scores, which a streamed layer never makes.")
 
 
 class LazyHeads(torch.Tensor):
@@ -122,11 +122,11 @@ class LazyHeads(torch.Tensor):
             return args[0] if dtype is None else LazyHeads(args[0].heads.to(dtype), args[0].layer, args[0].shape)
         if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
             return _product(*args)
-        raise TypeError(f"{getattr(func, '__name__', func)} is not a step of attention that stream_lens knows.")
+        raise DenseNeededError(f"{getattr(func, '__name__', func)} is not a step of attention that stream_lens knows.")
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise TypeError(f"{func} is not a step of attention that stream_lens knows.")
+        raise DenseNeededError(f"{func} is not a step of attention that stream_lens knows.")
 
 
 _RESHAPES = frozenset(
@@ -159,7 +159,7 @@ def _product(left: Any, right: Any) -> Any:
 def softmax(scores: LazyScores, dim: int = -1, dtype: torch.dtype | None = None, **_: Any) -> Any:
     """Where scores become a pattern; with a sink column still to be cut off, one step later."""
     if dim not in (-1, 3):
-        raise TypeError(f"the softmax of attention runs over keys, dim -1; got dim {dim}.")
+        raise DenseNeededError(f"the softmax of attention runs over keys, dim -1; got dim {dim}.")
     if scores.steps.sink_column:
         return LazyScores(replace(scores.steps, normalised=True))
     return scores.steps.layer.make_pattern(scores.steps.scores(), dtype or scores.dtype)
@@ -189,14 +189,14 @@ def _number(factor: Any) -> float:
         return float(factor)
     if isinstance(factor, int | float):
         return float(factor)
-    raise TypeError("attention scores can be scaled by one number only.")
+    raise DenseNeededError("attention scores can be scaled by one number only.")
 
 
 def _cat(tensors: Any, dim: int = 0) -> LazyScores:
     """GPT-OSS: the learnt sink joins the scores as one more key column."""
     scores, column = tensors
     if not isinstance(scores, LazyScores) or dim not in (-1, 3) or column.shape[-1] != 1:
-        raise TypeError("only a sink column can be joined to attention scores.")
+        raise DenseNeededError("only a sink column can be joined to attention scores.")
     return LazyScores(replace(scores.steps, sinks=column[0, :, 0, 0], sink_column=True))
 
 
@@ -214,7 +214,7 @@ def _max(scores: LazyScores, dim: int = -1, keepdim: bool = False) -> _RowMaximu
 def _minus(scores: Any, other: Any) -> LazyScores:
     if isinstance(scores, LazyScores) and isinstance(other, LazyScores) and scores.steps is other.steps:
         return scores
-    raise TypeError("nothing can be subtracted from attention scores of a streamed layer.")
+    raise DenseNeededError("nothing can be subtracted from attention scores of a streamed layer.")
 
 
 def _item(scores: LazyScores, index: Any) -> Any:
@@ -222,7 +222,7 @@ def _item(scores: LazyScores, index: Any) -> Any:
         return scores.steps.layer.make_pattern(scores.steps.scores(), scores.dtype)
     if index == (slice(None),) * len(index if isinstance(index, tuple) else (index,)):
         return scores
-    raise TypeError(
+    raise DenseNeededError(
         "attention scores of a streamed layer are never made: read pattern.to_dense(rows=slice(…), heads=[…]) instead."
     )
 

@@ -39,6 +39,13 @@ METADATA = frozenset(
 """Functions of shape, type and place alone, which need no storage."""
 
 
+class DenseNeededError(RuntimeError):
+    """An operation on scores or a pattern of a streamed layer would need the T × T tensor, which is never made.
+
+    Not a TypeError: Python's operators would swallow that together with its message.
+    """
+
+
 class Marker(torch.Tensor):
     """Stands for a T × T tensor that TransformerLens makes and only hands to one function we absorb."""
 
@@ -54,7 +61,7 @@ class Marker(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise TypeError(f"{func} would need a T × T tensor, which a streamed model never makes.")
+        raise DenseNeededError(f"{func} would need a T × T tensor, which a streamed model never makes.")
 
 
 class UncomputedScores(torch.Tensor):
@@ -85,14 +92,14 @@ class UncomputedScores(torch.Tensor):
         if func in (Tensor.__getitem__, Tensor.squeeze, Tensor.unsqueeze):
             shape = func(torch.empty(scores.shape, device="meta"), *args[1:], **kwargs).shape
             return UncomputedScores(shape, scores.dtype, scores.device)
-        raise TypeError(
+        raise DenseNeededError(
             f"{getattr(func, '__name__', func)} on attention scores of a streamed layer, which were never made: use "
             "the layer's pattern, for example cache['pattern', layer].to_dense(rows=slice(…), heads=[…])."
         )
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise TypeError(f"{func} would need T × T scores, which a streamed layer never makes.")
+        raise DenseNeededError(f"{func} would need T × T scores, which a streamed layer never makes.")
 
 
 def target_of_to(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, torch.dtype | None]:

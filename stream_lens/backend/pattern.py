@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from stream_lens.backend.lazy_tensor import DenseNeededError
 from stream_lens.backend.pattern_data import PatternData, block_mass, masked, probabilities, row_slice, sliced
 from stream_lens.backend.pattern_index import PatternIndexError, parse_index
 from stream_lens.blocks import BlockMask
@@ -48,7 +49,9 @@ class SparsePattern(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise TypeError(f"{func} needs the dense T × T pattern: use pattern.to_dense(rows=slice(…), heads=[…]) first.")
+        raise DenseNeededError(
+            f"{func} needs the dense T × T pattern: use pattern.to_dense(rows=slice(…), heads=[…]) first."
+        )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         data = self.data_

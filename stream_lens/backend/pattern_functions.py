@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stream_lens.backend.layer import attend_pattern
-from stream_lens.backend.lazy_tensor import METADATA, Marker, target_of_to
+from stream_lens.backend.lazy_tensor import METADATA, DenseNeededError, Marker, target_of_to
 from stream_lens.backend.pattern import SparsePattern
 from stream_lens.backend.pattern_data import cached_copy, moved
 
@@ -23,7 +23,7 @@ def pattern_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     handler = _HANDLERS.get(func)
     if handler is None:
         name = getattr(func, "__name__", str(func))
-        raise TypeError(
+        raise DenseNeededError(
             f"{name} on a SparsePattern would need the T × T pattern. Use pattern.to_dense(rows=slice(…), heads=[…]) "
             "for probabilities of some rows, pattern.block_mass and pattern.mask for all, and pattern.scale, drop or "
             "keep to edit."
@@ -49,7 +49,7 @@ def _to(pattern: SparsePattern, *args: Any, **kwargs: Any) -> SparsePattern:
 
 def _matmul(pattern: Any, values: Any) -> Any:
     if not isinstance(pattern, SparsePattern):
-        raise TypeError("a SparsePattern can only stand on the left of a matrix product: pattern @ v.")
+        raise DenseNeededError("a SparsePattern can only stand on the left of a matrix product: pattern @ v.")
     return attend_pattern(pattern, values)
 
 
@@ -58,7 +58,9 @@ def _times(pattern: Any, factor: Any) -> SparsePattern:
     if isinstance(factor, Tensor) and factor.ndim == 0 and not factor.requires_grad:
         factor = factor.item()
     if not isinstance(factor, int | float):
-        raise TypeError("a SparsePattern can be multiplied by one number; for more use pattern.scale or with_gate.")
+        raise DenseNeededError(
+            "a SparsePattern can be multiplied by one number: for more use pattern.scale, with_gate or to_dense."
+        )
     return pattern.scale(factor)
 
 
@@ -70,7 +72,7 @@ def _in_place_times(pattern: SparsePattern, factor: Any) -> SparsePattern:
 def _where(condition: Any, given: Any, otherwise: Any) -> Any:
     if isinstance(condition, Marker) and isinstance(given, Marker) and isinstance(otherwise, SparsePattern):
         return otherwise  # TransformerLens' scrub of NaN rows: rows that see nothing are 0 here by definition
-    raise TypeError("torch.where needs the T × T pattern: use pattern.drop, keep or scale.")
+    raise DenseNeededError("torch.where needs the T × T pattern: use pattern.drop, keep or scale.")
 
 
 def _dropout(pattern: SparsePattern, p: float = 0.5, training: bool = True, inplace: bool = False) -> SparsePattern:
@@ -84,14 +86,14 @@ def _squeeze(pattern: SparsePattern, dim: int) -> SparsePattern:
     if pattern.shape[dim] != 1:
         return pattern
     if axis > 2:
-        raise TypeError("the key axis of a SparsePattern cannot be squeezed.")
+        raise DenseNeededError("the key axis of a SparsePattern cannot be squeezed.")
     return SparsePattern(replace(pattern.data_, present=tuple(a for a in pattern.data_.present if a != axis)))
 
 
 def _unsqueeze(pattern: SparsePattern, dim: int) -> SparsePattern:
     present = pattern.data_.present
     if dim != 0 or present[0] == 0:
-        raise TypeError("a SparsePattern can only get its batch axis back: pattern.unsqueeze(0).")
+        raise DenseNeededError("a SparsePattern can only get its batch axis back: pattern.unsqueeze(0).")
     return SparsePattern(replace(pattern.data_, present=(present[0] - 1, *present)))
 
 

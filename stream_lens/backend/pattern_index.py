@@ -98,6 +98,10 @@ def _token_range(axis: str, item: Any, size: int) -> tuple[int, int]:
         start, stop, step = item.indices(size)
         if step == 1:
             return (start, max(start, stop))
+    if isinstance(item, list) and item:  # TransformerLens' pos_slice gives one position as a list
+        first = _within(axis, item[0], size)
+        if [_within(axis, at, size) for at in item] == list(range(first, first + len(item))):
+            return (first, first + len(item))
     raise PatternIndexError(
         f"the {axis} axis takes an integer or a slice of step 1; got {item!r}. "
         "For single tokens' probabilities use pattern.to_dense(rows=slice(…), heads=[…])."

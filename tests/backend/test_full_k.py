@@ -1,4 +1,4 @@
-"""With every block kept, a streamed model is the dense one: logits, cache, hooks, patterns; and leaving gives it back."""
+"""With every block kept, a streamed model is the dense one: logits, cache, hooks, patterns; leaving gives it back."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ def test_logits_cache_and_hooks_are_those_of_the_dense_model(name: str) -> None:
     assert worst((ours, logits)) <= (1e-12 if logits.dtype == torch.float64 else 1e-5)
     assert torch.equal(after, logits)
     assert set(sparse.keys()) == set(dense.keys())
-    if (
-        name == DELEGATED
-    ):  # dense delegated attention fires its hooks after the fact: the pattern first, then the scores
+    if name == DELEGATED:  # where dense fires the pattern first, then the scores, both after the fact
         assert sorted(fired_ours) == sorted(fired)
     else:
         assert list(sparse.keys()) == list(dense.keys())
