@@ -12,7 +12,7 @@ from stream_lens.tasks.needle import NeedleCase, NeedleScore, score
 def answer(model: Any, case: NeedleCase, *, max_new_tokens: int | None = None) -> str:
     """The model's greedy continuation of the case's prompt.
 
-    `max_new_tokens` None takes what the answers need and a third more (RULER's 128 is for chat models, which talk first).
+    `max_new_tokens` None takes what the answers need and a third more (RULER's 128 leaves room to talk first).
     Raises ValueError if prompt and answer do not fit into the model's context.
     """
     tokens = tokens_within_context(model, case.prompt, prepend_bos=case.prepend_bos)
