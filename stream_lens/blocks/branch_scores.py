@@ -34,7 +34,7 @@ class KeyTables:
     Attributes:
         blocks: [batch·kv_head·k_blocks, k_block, d_head], zero-padded at the end.
         real: bool [batch, k_blocks · k_block], False for padding and beyond the last key.
-        sums: float64 prefix sums over blocks of real keys, [batch, kv_head, k_blocks + 1, d_head].
+        sums: float64 prefix sums over blocks of real keys, [batch·kv_head·(k_blocks + 1), d_head].
         squares: the same of squared keys, only for "mean_var".
         counts: prefix sums of real keys per block, [batch, k_blocks + 1].
         k_blocks, k_block, kv_heads: sizes.
@@ -42,8 +42,8 @@ class KeyTables:
 
     blocks: Float[Tensor, "rows k_block d_head"]
     real: Bool[Tensor, "batch keys"]
-    sums: Float[Tensor, "batch kv_head blocks d_head"] | None
-    squares: Float[Tensor, "batch kv_head blocks d_head"] | None
+    sums: Float[Tensor, "rows d_head"] | None
+    squares: Float[Tensor, "rows d_head"] | None
     counts: Int[Tensor, "batch blocks"]
     k_blocks: int
     k_block: int
@@ -57,12 +57,12 @@ class QueryRows:
     Attributes:
         q: [batch, head, q_blocks, rows, d_head], in the computing dtype.
         position: absolute position of each row, [q_blocks, rows].
-        votes: bool [batch, q_blocks, rows]: False for rows beyond the end and for padding.
+        votes: bool [batch, q_blocks, rows]: False for rows beyond the end and for padding; None when all vote.
     """
 
     q: Float[Tensor, "batch head q_blocks rows d_head"]
     position: Int[Tensor, "q_blocks rows"]
-    votes: Bool[Tensor, "batch q_blocks rows"]
+    votes: Bool[Tensor, "batch q_blocks rows"] | None
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,9 +83,11 @@ def key_tables(k: Float[Tensor, "batch kv_head key d_head"], rule: ScoreRule, k_
     counts = rearrange(real, "b (n j) -> b n j", j=k_block).sum(-1).cumsum(-1)
 
     def prefix(keys: Tensor) -> Tensor:
-        keys = keys * rearrange(real, "b t -> b 1 t 1")
+        if rule.key_mask is not None:
+            keys = keys * rearrange(real, "b t -> b 1 t 1")
         sums = rearrange(keys, "b g (n j) d -> b g n j d", j=k_block).sum(3)
-        return torch.nn.functional.pad(sums.double().cumsum(2), (0, 0, 1, 0))
+        sums = torch.nn.functional.pad(sums.double().cumsum(2), (0, 0, 1, 0))
+        return rearrange(sums, "b g n d -> (b g n) d")
 
     return KeyTables(
         blocks=rearrange(blocks, "b g (n j) d -> (b g n) j d", j=k_block),
@@ -99,113 +101,117 @@ def key_tables(k: Float[Tensor, "batch kv_head key d_head"], rule: ScoreRule, k_
     )
 
 
+def first_rows(tables: KeyTables, heads: int, rows: int, device: torch.device) -> Int[Tensor, "batch head 1 1"]:
+    """Where each (batch, head)'s part begins in a table of `rows` rows per key head; heads of one group share it."""
+    batch = tables.counts.shape[0]
+    group = torch.arange(heads, device=device) // (heads // tables.kv_heads)
+    part = torch.arange(batch, device=device)[:, None] * tables.kv_heads + group
+    return rearrange(part * rows, "b h -> b h 1 1")
+
+
 def block_logits(
     rows: QueryRows,
     blocks: Int[Tensor, "batch head q_blocks n"],
     tables: KeyTables,
     rule: ScoreRule,
     key_of: Int[Tensor, "batch head q_blocks n j"] | None = None,
+    *,
+    past: bool = False,
 ) -> Float[Tensor, "batch head q_blocks rows n j"]:
-    """Scores of the rows against the keys of whole blocks (or against the keys at `key_of`); -inf where not visible."""
+    """Scores of the rows against the keys of whole blocks (or against the keys at `key_of`); -inf where not visible.
+
+    `past` says that every key lies before every row, so that causality hides none.
+    """
     batch, heads, q_blocks, _, d_head = rows.q.shape
-    group = torch.arange(heads, device=blocks.device) // (heads // tables.kv_heads)
-    base = torch.arange(batch, device=blocks.device)[:, None] * tables.kv_heads + group
-    base = rearrange(base * tables.k_blocks, "b h -> b h 1 1")
+    first = first_rows(tables, heads, tables.k_blocks, blocks.device)
     if key_of is None:
         safe = blocks.clamp(min=0)
-        keys = tables.blocks.index_select(0, (base + safe).flatten())
+        keys = tables.blocks.index_select(0, (first + safe).flatten())
         key_of = safe[..., None] * tables.k_block + torch.arange(tables.k_block, device=blocks.device)
     else:
         flat = rearrange(tables.blocks, "n j d -> (n j) d")
-        keys = flat.index_select(0, (base[..., None] * tables.k_block + key_of).flatten())
+        keys = flat.index_select(0, (first[..., None] * tables.k_block + key_of).flatten())
     width = key_of.shape[-1]
     keys = keys.view(batch, heads, q_blocks, -1, d_head)
-    scores = (rule.scale * rows.q) @ keys.transpose(-1, -2)
-    if rule.softcap is not None:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    key = rearrange(key_of, "b h i n j -> b h i 1 (n j)")
-    position = rows.position[..., None]
-    hidden = (key > position) | rearrange(blocks < 0, "b h i n -> b h i 1 n").repeat_interleave(width, -1)
-    if rule.window is not None:
-        hidden |= key <= position - rule.window
+    scores = capped((rule.scale * rows.q) @ keys.transpose(-1, -2), rule)
+    hidden = (blocks < 0)[..., None].expand_as(key_of)
     if rule.key_mask is not None:
-        real = tables.real[torch.arange(batch, device=key.device)[:, None, None, None, None], key]
-        hidden |= ~real
-    scores = scores.masked_fill(hidden, -torch.inf)
-    return rearrange(scores, "b h i r (n j) -> b h i r n j", j=width)
+        hidden = hidden | ~tables.real[torch.arange(batch, device=key_of.device)[:, None, None, None, None], key_of]
+    hidden = rearrange(hidden, "b h i n j -> b h i 1 (n j)")
+    key, position = rearrange(key_of, "b h i n j -> b h i 1 (n j)"), rows.position[..., None]
+    if not past:
+        hidden = hidden | (key > position)
+    if rule.window is not None:
+        hidden = hidden | (key <= position - rule.window)
+    return rearrange(scores.masked_fill_(hidden, -torch.inf), "b h i r (n j) -> b h i r n j", j=width)
+
+
+def capped(scores: Tensor, rule: ScoreRule) -> Tensor:
+    """The soft-cap on scaled products, where the rule has one."""
+    return scores if rule.softcap is None else rule.softcap * torch.tanh(scores / rule.softcap)
 
 
 def representative_logits(
     rows: QueryRows,
-    start: Int[Tensor, "batch head q_blocks n"],
-    stop: Int[Tensor, "batch head q_blocks n"],
+    edges: Int[Tensor, "batch head q_blocks m 3"],
     tables: KeyTables,
     rule: ScoreRule,
     representative: str,
     reduce: str,
-) -> Float[Tensor, "batch head q_blocks rows n"]:
-    """Each row's maximum (reduce "max") or log-mass of each branch [start, stop); -inf for empty or invisible ones."""
+) -> Float[Tensor, "batch head q_blocks rows 2m"]:
+    """Each row's maximum (reduce "max") or log-mass of the two children [a, b), [b, c) of every branch (a, b, c).
+
+    -inf for empty and invisible children.
+    """
     if representative in ("mean", "mean_var"):
-        return _pooled_logits(rows, start, stop, tables, rule, representative, reduce)
+        return _pooled_logits(rows, edges, tables, rule, representative, reduce)
+    start, stop = edges[..., :2].flatten(-2), edges[..., 1:].flatten(-2)
     size = stop - start
-    empty = size <= 0
     key_of = None
     block = {"first": start, "centre": start + size // 2, "last": stop - 1}.get(representative, start)
-    block = torch.where(empty, -1, block)
+    block = torch.where(size <= 0, -1, block)
     if representative == "strided":
         spread = torch.arange(tables.k_block, device=start.device) * size.clamp(min=1)[..., None]
         key_of = start.clamp(min=0)[..., None] * tables.k_block + spread
-    scores = block_logits(rows, block, tables, rule, key_of)
+    scores = block_logits(rows, block, tables, rule, key_of, past=True)
     if reduce == "max":
         return scores.amax(-1)
     seen = (scores > -torch.inf).sum(-1).clamp(min=1)
-    return scores.logsumexp(-1) + torch.log(_branch_keys(start, stop, tables)[:, :, :, None].to(scores.dtype) / seen)
+    return scores.logsumexp(-1) + torch.log(_real_keys(edges, tables)[:, :, :, None].to(scores.dtype) / seen)
 
 
 def _pooled_logits(
-    rows: QueryRows,
-    start: Tensor,
-    stop: Tensor,
-    tables: KeyTables,
-    rule: ScoreRule,
-    representative: str,
-    reduce: str,
+    rows: QueryRows, edges: Tensor, tables: KeyTables, rule: ScoreRule, representative: str, reduce: str
 ) -> Tensor:
-    count = _branch_keys(start, stop, tables)
-    scale = rule.scale
+    count = _real_keys(edges, tables)
+    at = (first_rows(tables, rows.q.shape[1], tables.k_blocks + 1, edges.device)[..., None] + edges).flatten()
+    share = (1 / count.clamp(min=1).double())[..., None]
 
     def mean(sums: Tensor) -> Tensor:
-        return ((_taken(sums, stop) - _taken(sums, start)) / count.clamp(min=1)[..., None]).to(rows.q.dtype)
+        upto = sums.index_select(0, at).view(*edges.shape, -1)
+        return ((upto[..., 1:, :] - upto[..., :-1, :]).flatten(-3, -2).mul_(share)).to(rows.q.dtype)
 
     assert tables.sums is not None
-    pooled = mean(tables.sums)
-    scores = (scale * rows.q) @ pooled.transpose(-1, -2)
-    if rule.softcap is not None:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    pooled, q = mean(tables.sums), rule.scale * rows.q
+    scores = capped(q @ pooled.transpose(-1, -2), rule)
     if representative == "mean_var":
         assert tables.squares is not None
         spread = (mean(tables.squares) - pooled.square()).clamp(min=0)
-        scores = scores + 0.5 * (scale * rows.q).square() @ spread.transpose(-1, -2)
+        scores = scores + 0.5 * q.square() @ spread.transpose(-1, -2)
     if reduce != "max":
         scores = scores + torch.log(count.to(scores.dtype))[:, :, :, None]
     hidden = rearrange(count <= 0, "b h i n -> b h i 1 n")
     if rule.window is not None:
-        last_key = rearrange(stop * tables.k_block - 1, "b h i n -> b h i 1 n")
+        last_key = rearrange(edges[..., 1:].flatten(-2) * tables.k_block - 1, "b h i n -> b h i 1 n")
         hidden = hidden | (last_key <= rows.position[..., None] - rule.window)
-    return scores.masked_fill(hidden, -torch.inf)
+    return scores.masked_fill_(hidden, -torch.inf)
 
 
-def _taken(sums: Float[Tensor, "b g n d"], blocks: Int[Tensor, "b h i c"]) -> Tensor:
-    batch, kv_heads = sums.shape[:2]
-    heads = blocks.shape[1]
-    b = torch.arange(batch, device=sums.device)[:, None, None, None]
-    g = (torch.arange(heads, device=sums.device) // (heads // kv_heads))[None, :, None, None]
-    return sums[b, g, blocks]
-
-
-def _branch_keys(start: Tensor, stop: Tensor, tables: KeyTables) -> Int[Tensor, "batch head q_blocks n"]:
-    b = torch.arange(start.shape[0], device=start.device)[:, None, None, None]
-    return torch.where(stop > start, tables.counts[b, stop.clamp(min=0)] - tables.counts[b, start.clamp(min=0)], 0)
+def _real_keys(edges: Int[Tensor, "b h i m 3"], tables: KeyTables) -> Int[Tensor, "b h i 2m"]:
+    """Real keys of the two children of every branch."""
+    b = torch.arange(edges.shape[0], device=edges.device)[:, None, None, None, None]
+    before = tables.counts[b, edges]
+    return (before[..., 1:] - before[..., :-1]).flatten(-2)
 
 
 def reduce_rows(
@@ -215,15 +221,19 @@ def reduce_rows(
     forced_logsumexp: Float[Tensor, "batch head q_blocks rows"] | None,
 ) -> Float[Tensor, "batch head q_blocks n"]:
     """One score per branch from its rows' logits; -inf where no voting row sees the branch."""
-    votes = rearrange(rows.votes, "b i r -> b 1 i r 1")
-    logits = logits.masked_fill(~votes, -torch.inf)
-    unseen = (logits == -torch.inf).all(3)
+    if rows.votes is not None:
+        logits = logits.masked_fill(~rearrange(rows.votes, "b i r -> b 1 i r 1"), -torch.inf)
+    most = logits.amax(3)
     if reduce == "max":
-        return logits.amax(3)
-    total = logits.logsumexp(-1)
+        return most
+    top = logits.amax(-1, keepdim=True)
     if forced_logsumexp is not None:
-        total = torch.logaddexp(total, forced_logsumexp)
-    total = torch.where(total == -torch.inf, 0.0, total)
-    share = (logits - total[..., None]).exp()
+        top = torch.maximum(top, forced_logsumexp[..., None])
+    top = torch.where(top == -torch.inf, 0.0, top)
+    share = (logits - top).exp_()
+    total = share.sum(-1, keepdim=True)
+    if forced_logsumexp is not None:
+        total = total + (forced_logsumexp[..., None] - top).exp()
+    share = share / torch.where(total == 0, 1.0, total)
     score = share.sum(3) if reduce == "mass" else share.amax(3)
-    return score.masked_fill(unseen, -torch.inf)
+    return score.masked_fill(most == -torch.inf, -torch.inf)

@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -44,46 +43,46 @@ class SearchRound:
 
 
 def hierarchical(search: Search, rounds: list[SearchRound] | None = None) -> Tensor:
-    """The search above; appends every round's state to `rounds` when a list is given."""
+    """The search above; appends every round's state to `rounds`, in one piece, when a list is given."""
     config = search.config
     pooled = config.representative if config.representative.startswith("mean") else ""
     tables = key_tables(search.k, search.rule, config.k_block, pooled)
-    per_block = search.slots * config.oversample * 2 * (1 if pooled else config.k_block)
-    return in_chunks(search, tables, per_block, lambda *chunk: _hierarchical_chunk(search, tables, rounds, *chunk))
+    branches = max(1, config.oversample * search.free_slots)
+    keys_scored = branches * (6 if pooled else 2 * config.k_block)  # three prefix sums of float64, or two blocks
+    if rounds is not None:
+        keys_scored = 0
+    blocks = in_chunks(search, tables, keys_scored, lambda chunk: _searched(search, tables, rounds, branches, chunk))
+    if config.oversample == 1:
+        return blocks
+    return in_chunks(search, tables, branches * config.k_block, lambda chunk: _ranked(search, tables, blocks, chunk))
 
 
-def _hierarchical_chunk(
-    search: Search,
-    tables: KeyTables,
-    rounds: list[SearchRound] | None,
-    q_blocks: slice,
-) -> Tensor:
+def _searched(
+    search: Search, tables: KeyTables, rounds: list[SearchRound] | None, slots: int, q_blocks: slice
+) -> Int[Tensor, "batch head q_blocks branches"]:
+    """The single blocks that the rounds end with, ascending; -1 in empty slots."""
     config, rule = search.config, search.rule
     rows = query_rows(search, q_blocks, config.query_stride)
     lower = search.ranges.sink_stop[:, None, q_blocks, None]
     length = search.ranges.local_start[:, None, q_blocks, None] - lower
     free = search.free[:, :, q_blocks, None]
     branches = torch.where(length <= free, length, torch.minimum(length, config.oversample * free))
-    start, stop = _equal_branches(lower, length, branches, config.oversample * search.slots)
-    forced = forced_logsumexp(search, tables, rows, q_blocks) if config.reduce != "max" else None
+    start, stop = _equal_branches(lower, length, branches, slots)
+    forced = None
+    if config.reduce != "max" and search.rounds:
+        forced = forced_logsumexp(search, tables, rows, q_blocks)
     for _ in range(search.rounds):
-        middle = (start + stop) // 2
-        whole = stop - start <= 1
-        child_start = rearrange(torch.stack([start, torch.where(whole, stop, middle)], -1), "b h i m c -> b h i (m c)")
-        child_stop = rearrange(torch.stack([torch.where(whole, stop, middle), stop], -1), "b h i m c -> b h i (m c)")
-        logits = representative_logits(
-            rows, child_start, child_stop, tables, rule, config.representative, config.reduce
-        )
+        middle = torch.where(stop - start <= 1, stop, (start + stop) // 2)
+        edges = torch.stack([start, middle, stop], -1)
+        child_start, child_stop = edges[..., :2].flatten(-2), edges[..., 1:].flatten(-2)
+        logits = representative_logits(rows, edges, tables, rule, config.representative, config.reduce)
         score = reduce_rows(logits, rows, config.reduce, forced)
         score = score.masked_fill(child_stop <= child_start, -torch.inf)
         survives = best(score, branches)
         if rounds is not None:
             rounds.append(SearchRound(child_start, child_stop, score, survives))
-        start, stop = _compacted(child_start, child_stop, survives, start.shape[-1])
-    blocks = torch.where(stop > start, start, -1)
-    if config.oversample == 1:
-        return blocks
-    return _ranked_exactly(search, tables, blocks, q_blocks)
+        start, stop = _compacted(child_start, child_stop, survives, slots)
+    return torch.where(stop > start, start, -1)
 
 
 def _equal_branches(lower: Tensor, length: Tensor, branches: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -100,11 +99,14 @@ def _compacted(start: Tensor, stop: Tensor, survives: Tensor, slots: int) -> tup
     return torch.where(kept, start.gather(-1, order), 0), torch.where(kept, stop.gather(-1, order), 0)
 
 
-def _ranked_exactly(search: Search, tables: KeyTables, blocks: Tensor, q_blocks: slice) -> Tensor:
+def _ranked(
+    search: Search, tables: KeyTables, candidates: Int[Tensor, "batch head q_blocks branches"], q_blocks: slice
+) -> Int[Tensor, "batch head q_blocks slots"]:
     """Of single candidate blocks, the `free` best by the exact scores of all their keys."""
     config = search.config
+    blocks = candidates[:, :, q_blocks]
     rows = query_rows(search, q_blocks, config.query_stride)
-    logits = block_logits(rows, blocks, tables, search.rule)
+    logits = block_logits(rows, blocks, tables, search.rule, past=True)
     logits = logits.amax(-1) if config.rank == "max" else logits.logsumexp(-1)
     forced = forced_logsumexp(search, tables, rows, q_blocks) if config.rank != "max" else None
     score = reduce_rows(logits, rows, config.rank, forced).masked_fill(blocks < 0, -torch.inf)

@@ -33,6 +33,8 @@ class Search:
     """Blocks each query block may keep besides the forced ones."""
     slots: int
     """The most blocks that any query block keeps, forced ones included: the width of the mask."""
+    free_slots: int
+    """The most of them that are not forced, where there is anything to search."""
     rounds: int
     """Halvings after which every branch is a single block."""
 
@@ -65,13 +67,16 @@ def query_rows(search: Search, q_blocks: slice, stride: int) -> QueryRows:
     q_block, rule = search.config.q_block, search.rule
     query_len, count = search.q.shape[2], q_blocks.stop - q_blocks.start
     q = search.q[:, :, q_blocks.start * q_block : q_blocks.stop * q_block].to(computing_dtype(search.q.dtype))
-    q = torch.nn.functional.pad(q, (0, 0, 0, count * q_block - q.shape[2]))
+    if count * q_block > q.shape[2]:
+        q = torch.nn.functional.pad(q, (0, 0, 0, count * q_block - q.shape[2]))
     index = torch.arange(0, q_block, stride, device=q.device)
     row = torch.arange(q_blocks.start, q_blocks.stop, device=q.device)[:, None] * q_block + index
-    votes = (row < query_len).expand(q.shape[0], -1, -1)
+    votes = None
     if rule.key_mask is not None:
         own = (rule.offset + row).clamp(max=rule.key_mask.shape[1] - 1)
-        votes = votes & rule.key_mask.to(q.device)[:, own]
+        votes = (row < query_len) & rule.key_mask.to(q.device)[:, own]
+    elif q_blocks.stop * q_block > query_len:
+        votes = (row < query_len).expand(q.shape[0], -1, -1)
     q = rearrange(q, "b h (i r) d -> b h i r d", r=q_block)[:, :, :, ::stride]
     return QueryRows(q, rule.offset + row, votes)
 
@@ -88,9 +93,11 @@ def forced_logsumexp(
 def forced_blocks(search: Search, q_blocks: slice) -> Int[Tensor, "batch q_blocks forced"]:
     """Sink, local and diagonal blocks, -1 in slots that a row does not use."""
     ranges, config = search.ranges, search.config
-    j = torch.arange(config.forced_blocks + 1, device=ranges.first.device)
+    # A query block that starts inside a key block stands in one more of them.
+    most = config.forced_blocks + (search.rule.offset % config.k_block != 0)
+    j = torch.arange(most, device=ranges.first.device)
     sinks = ranges.first[:, q_blocks, None] + j[: config.sink_blocks]
-    local = ranges.local_start[:, q_blocks, None] + j
+    local = ranges.local_start[:, q_blocks, None] + j[: most - config.sink_blocks]
     sinks = torch.where(sinks < ranges.sink_stop[:, q_blocks, None], sinks, -1)
     return torch.cat([sinks, torch.where(local < ranges.stop[:, q_blocks, None], local, -1)], -1)
 

@@ -106,11 +106,10 @@ def select_blocks(
     check_shapes(q, k, rule)
     if config.selector not in SELECTORS:
         raise ValueError(f"selector={config.selector!r} is not known: choose one of {', '.join(SELECTORS)}.")
-    if return_rounds and (config.selector != "stream" or kernel not in ("auto", "torch")):
-        raise ValueError(
-            f"selector {config.selector!r} with kernel {kernel!r} has no rounds to return: use selector='stream' and "
-            "kernel='torch'."
-        )
+    if return_rounds and config.selector != "stream":
+        raise ValueError(f"selector {config.selector!r} has no rounds: use selector='stream'.")
+    if return_rounds and kernel not in ("auto", "torch"):
+        raise ValueError(f"kernel={kernel!r} has no rounds to return: use kernel='torch'.")
     search = prepared(q, k, rule, config, layer)
     rounds: list[SearchRound] = []
     path = "torch" if return_rounds else choose_search(kernel, search)
@@ -138,9 +137,12 @@ def prepared(q: Tensor, k: Tensor, rule: ScoreRule, config: StreamConfig, layer:
     forced = config.forced_blocks + (rule.offset % config.k_block != 0)
     most, fewest = _budget_bounds(config, layer, k_blocks)
     slots = min(max(most, forced), k_blocks)
+    # Where there is a range to search, it lies between all sinks, unless a window hides them, and all local blocks.
+    always = config.local_blocks + 1 + (0 if rule.window is not None else config.sink_blocks)
+    free_slots = max(0, slots - always)
     branches = config.oversample * max(1, fewest - forced)
     rounds = (-(-k_blocks // branches) - 1).bit_length()
-    return Search(q, k, rule, config, ranges, free, slots, rounds)
+    return Search(q, k, rule, config, ranges, free, slots, free_slots, rounds)
 
 
 def budgets(

@@ -5,6 +5,8 @@ Definition: `stream_lens.blocks.hierarchical`, which it follows block for block;
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -90,5 +92,5 @@ def cpu_select_blocks(
 
 
 @torch.library.register_fake("stream_lens_cpu::select_blocks")
-def _fake(q: Tensor, k: Tensor, ranges: Tensor, free: Tensor, *rest: object) -> Tensor:
+def _fake(q: Tensor, k: Tensor, ranges: Tensor, free: Tensor, *rest: Any) -> Tensor:
     return q.new_empty((*free.shape, rest[-2]), dtype=torch.int32)
