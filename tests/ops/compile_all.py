@@ -1,21 +1,22 @@
 """Compiles the Triton kernels for GPUs that are not here and reads what the compilers report.
 
-`python tests/ops/compile_all.py` prints a table of every kernel × architecture × dtype × head dimension × block
-size and exits with 1 if one spills registers or asks for more shared memory than a GPU has; `--subset` takes a
-representative few, `--json` prints one JSON line a kernel. It runs without TRITON_INTERPRET and needs no GPU.
+`python -m tests.ops.compile_all` prints a line for every kernel × architecture × dtype × head dimension × block size,
+and exits with 1 if one spills registers, asks for more shared memory than a GPU has or takes too long to compile.
+`--subset` takes a representative few, `--only` those that match a pattern, `--json FILE` keeps the figures.
+It runs without TRITON_INTERPRET and needs no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from stream_kernels.block_attention.configs import compile_constants
+from stream_kernels.block_attention import configs as attention_configs
 from stream_kernels.block_attention.forward import _block_attention_fwd_kernel
 from stream_kernels.block_attention.key_gradient import _key_gradient_kernel
 from stream_kernels.block_attention.query_gradient import _query_gradient_kernel
 from stream_kernels.launch import ENABLE_FP_FUSION
+from stream_kernels.select_blocks import configs as select_configs
+from stream_kernels.select_blocks.kernel import _select_blocks_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -43,23 +46,56 @@ KERNELS: dict[str, Any] = {
     "forward": _block_attention_fwd_kernel,
     "query_gradient": _query_gradient_kernel,
     "key_gradient": _key_gradient_kernel,
+    "select": _select_blocks_kernel,
 }
+ATTENTION = ("forward", "query_gradient", "key_gradient")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 BLOCKS = (16, 32, 64, 128)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FLOAT_POINTERS = ("gate", "sinks", "logsumexp", "mass", "scratch", "delta", "gate_parts", "dk_parts", "dv_parts")
-INT_POINTERS = ("indices", "used_slots", "entries", "item_block", "item_first", "item_last", "item_part")
+# slots, oversample, query_stride, representative, reduce, rank
+SEARCHES: dict[str, tuple[int, int, int, str, str, str]] = {
+    "default": (16, 4, 4, "mean", "mass", "max"),
+    "paper": (16, 1, 1, "first", "max", "max"),
+    "k_64": (64, 4, 4, "mean", "mass", "mass"),
+    "k_128_centre": (128, 4, 4, "centre", "mass", "max"),
+    "every_row": (16, 4, 1, "mean", "mass", "max"),
+    "every_row_last": (64, 2, 1, "last", "max", "max"),
+}
+POINTERS = {
+    "*fp32": (
+        "gate",
+        "sinks",
+        "logsumexp",
+        "mass",
+        "scratch",
+        "delta",
+        "gate_parts",
+        "dk_parts",
+        "dv_parts",
+        "logits",
+        "scores",
+    ),
+    "*i32": ("indices", "used_slots", "entries", "item_block", "item_first", "item_last", "item_part")
+    + ("counts", "ranges", "free", "branches"),
+    "*u8": ("key_mask",),
+    "*fp64": ("sums",),
+}
 SECONDS = 300  # for one kernel; a shape that takes longer is a shape to avoid
 
 
 @dataclass(frozen=True)
 class Case:
+    """`variant`: "full" or "plain" (no gate, mask, sinks, soft-cap or window); of the search, a name in `SEARCHES`."""
+
     kernel: str
     architecture: str
     dtype: str
     d_head: int
     block: int
-    plain: bool = False  # without gate, mask, sinks, soft-cap and window
+    variant: str = "full"
+
+    def __str__(self) -> str:
+        return " ".join(map(str, asdict(self).values()))
 
 
 @dataclass(frozen=True)
@@ -68,6 +104,7 @@ class Report:
     registers: int
     spilled: int  # bytes on the stack; on AMD the spilled registers are added
     shared: int
+    seconds: float
 
     @property
     def fits(self) -> bool:
@@ -75,68 +112,72 @@ class Report:
 
 
 def every_case() -> Iterator[Case]:
-    for kernel in KERNELS:
-        for architecture in TARGETS:
-            for d_head in HEAD_DIMS:
+    for architecture in TARGETS:
+        for d_head in HEAD_DIMS:
+            for kernel in ATTENTION:
                 for block in BLOCKS:
                     yield Case(kernel, architecture, "bf16", d_head, block)
                     yield Case(kernel, architecture, "fp32", d_head, block)
                 yield Case(kernel, architecture, "fp16", d_head, 64)
-                yield Case(kernel, architecture, "bf16", d_head, 64, plain=True)
+                yield Case(kernel, architecture, "bf16", d_head, 64, "plain")
+            for search in SEARCHES:
+                yield Case("select", architecture, "bf16", d_head, 32, search)
+            for block in BLOCKS:
+                yield Case("select", architecture, "bf16", d_head, block, "default")
+                yield Case("select", architecture, "fp32", d_head, block, "default")
 
 
 def subset() -> Iterator[Case]:
-    """The cases with the largest tiles, one per kernel and architecture, and one odd head dimension."""
-    for kernel in KERNELS:
-        for architecture in TARGETS:
-            yield Case(kernel, architecture, "bf16", 256, 128)
-        yield Case(kernel, "sm_90", "bf16", 128, 64)
-        yield Case(kernel, "sm_90", "bf16", 80, 32)
-        yield Case(kernel, "sm_80", "fp32", 64, 32)
+    """One case per kernel and architecture, the largest tiles where they compile quickly."""
+    for architecture in TARGETS:
+        for kernel in ATTENTION:
+            yield Case(kernel, architecture, "bf16", 128, 64)
+        yield Case("select", architecture, "bf16", 128, 32, "default")
+    yield Case("forward", "sm_80", "fp32", 64, 32)
+    yield Case("key_gradient", "sm_90", "bf16", 256, 64)
+    yield Case("select", "sm_90", "bf16", 64, 32, "paper")
 
 
 def compile_case(case: Case) -> Report:
     kernel = KERNELS[case.kernel]
-    constants = compile_constants(
-        case.kernel,  # type: ignore[arg-type]
-        case.architecture,
-        DTYPES[case.dtype],
-        d_head=case.d_head,
-        q_block=case.block,
-        k_block=case.block,
-        query_len=1 << 20,
-    )
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    sizes = {"d_head": case.d_head, "q_block": case.block, "k_block": case.block, "query_len": 1 << 20}
+    dtype, plain = DTYPES[case.dtype], case.variant == "plain"
+    if case.kernel == "select":
+        names = ("slots", "oversample", "query_stride", "representative", "reduce", "rank")
+        search: dict[str, Any] = dict(zip(names, SEARCHES[case.variant], strict=True))
+        constants = select_configs.compile_constants(case.architecture, dtype, **sizes, **search)
+    else:
+        constants = attention_configs.compile_constants(case.kernel, case.architecture, dtype, **sizes)  # type: ignore[arg-type]
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
     options["enable_fp_fusion"] = ENABLE_FP_FUSION
-    constants |= {name: not case.plain for name in kernel.arg_names if name.startswith("HAS_")}
-    if case.plain:
-        constants |= {
-            f"{name}_ptr": None for name in ("gate", "key_mask", "sinks") if f"{name}_ptr" in kernel.arg_names
-        }
-    signature = {name: _argument_type(name, case.dtype) for name in kernel.arg_names}
+    constants |= {name: not plain for name in kernel.arg_names if name.startswith("HAS_")}
+    if plain:
+        absent = [f"{name}_ptr" for name in ("gate", "key_mask", "sinks")]
+        constants |= dict.fromkeys(set(absent) & set(kernel.arg_names))
+    signature = {name: _argument_type(name, case) for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
     # As a launch would find them: pointers aligned, strides multiples of 16 numbers.
     aligned = [i for i, name in enumerate(kernel.arg_names) if name.startswith("stride_") or name.endswith("_ptr")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[kernel.arg_names[i]] != "constexpr"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    start = time.perf_counter()
     compiled = triton.compile(source, target=TARGETS[case.architecture], options=options)
+    seconds = round(time.perf_counter() - start, 1)
     if case.architecture.startswith("gfx"):
-        return _amd_report(case, compiled)
-    return _nvidia_report(case, compiled)
+        return _amd_report(case, compiled, seconds)
+    return _nvidia_report(case, compiled, seconds)
 
 
-def _argument_type(name: str, dtype: str) -> str:
-    stem = name.removesuffix("_ptr")
+def _argument_type(name: str, case: Case) -> str:
     if not name.endswith("_ptr"):
         return "fp32" if name in ("scale", "softcap") else "i32"
-    if stem in FLOAT_POINTERS:
-        return "*fp32"
-    if stem in INT_POINTERS:
+    stem = name.removesuffix("_ptr")
+    if case.kernel == "select" and stem == "out":
         return "*i32"
-    return "*u8" if stem == "key_mask" else f"*{dtype}"
+    return next((kind for kind, stems in POINTERS.items() if stem in stems), f"*{case.dtype}")
 
 
-def _nvidia_report(case: Case, compiled: Any) -> Report:
+def _nvidia_report(case: Case, compiled: Any, seconds: float) -> Report:
     """From the cubin: ptxas keeps spilled registers on the stack, which these kernels use for nothing else."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -146,10 +187,10 @@ def _nvidia_report(case: Case, compiled: Any) -> Report:
             [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return Report(case, usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared)
+    return Report(case, usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, seconds)
 
 
-def _amd_report(case: Case, compiled: Any) -> Report:
+def _amd_report(case: Case, compiled: Any, seconds: float) -> Report:
     text = compiled.asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -160,40 +201,54 @@ def _amd_report(case: Case, compiled: Any) -> Report:
 
     registers = number("vgpr_count")
     spilled = number("vgpr_spill_count") + number("private_segment_fixed_size")
-    return Report(case, registers, spilled, max(compiled.metadata.shared, number("group_segment_fixed_size")))
+    shared = max(compiled.metadata.shared, number("group_segment_fixed_size"))
+    return Report(case, registers, spilled, shared, seconds)
+
+
+def compile_within(case: Case, seconds: int) -> Report | None:
+    """In a process of its own; None if it takes longer."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(compile_case(case)))
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(seconds):
+            return receiver.recv()  # EOFError if it died; its own traceback is on stderr
+        return None
+    finally:
+        process.kill()
+        process.join()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--subset", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--only", default="", help="cases whose fields, joined by spaces, match this pattern")
     options = parser.parse_args()
-    cases = [case for case in (subset() if options.subset else every_case()) if re.search(options.only, _label(case))]
-    good = True
-    with ProcessPoolExecutor(max_workers=1) as pool:
-        for case in cases:
-            try:
-                report = pool.submit(compile_case, case).result(timeout=SECONDS)
-            except FutureTimeout:
-                print(f"{_label(case)}: not compiled within {SECONDS} seconds", file=sys.stderr)
-                for process in pool._processes.values():
-                    process.kill()
-                return 1
-            good &= report.fits
-            if options.json:
-                print(json.dumps(asdict(report) | {"fits": report.fits}), flush=True)
-            else:
-                print(
-                    f"{_label(case):44} registers {report.registers:3} spilled {report.spilled:4} "
-                    f"shared {report.shared:6} {'' if report.fits else 'DOES NOT FIT'}",
-                    flush=True,
-                )
-    return 0 if good else 1
-
-
-def _label(case: Case) -> str:
-    return " ".join(map(str, asdict(case).values()))
+    cases = [case for case in (subset() if options.subset else every_case()) if re.search(options.only, str(case))]
+    figures, bad = [], 0
+    for case in dict.fromkeys(cases):
+        report = compile_within(case, SECONDS)
+        if report is None:
+            bad += 1
+            print(f"{case}: not compiled within {SECONDS} seconds", flush=True)
+            figures.append(asdict(case) | {"fits": False, "seconds": SECONDS})
+            continue
+        bad += not report.fits
+        row = asdict(report)
+        figures.append(row.pop("case") | row | {"fits": report.fits})
+        print(
+            f"{case!s:44} registers {report.registers:3} spilled {report.spilled:4} shared {report.shared:6} "
+            f"seconds {report.seconds:5} {'' if report.fits else 'DOES NOT FIT'}",
+            flush=True,
+        )
+    if options.json:
+        versions = {"triton": triton.__version__, "shared_limit": SHARED_LIMIT}
+        options.json.write_text(json.dumps(versions | {"cases": figures}, indent=1) + "\n")
+    print(f"{len(figures)} cases, {bad} that do not fit")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":
