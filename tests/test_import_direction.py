@@ -25,7 +25,7 @@ TIERS = (
 RANK = {part: rank for rank, tier in enumerate(TIERS) for part in tier}
 
 # The ways up, only inside a function: a result's .plot() imports its figure, a cache's .save() and .load() the format.
-LAZY_WAY_UP = {("circuits", "plots"), ("backend", "cache")}
+LAZY_WAY_UP = {("circuits", "plots"), ("tasks", "plots"), ("backend", "cache")}
 
 # part → distributions (or parts) that it may not import at all
 FORBIDDEN = {
