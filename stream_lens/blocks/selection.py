@@ -231,4 +231,6 @@ def _trimmed_to_mass(
     before = ordered.cumsum(-1) - ordered
     enough = before >= threshold * ordered.sum(-1, keepdim=True)
     keep = torch.zeros_like(forced).scatter_(-1, order, ~enough) | forced
-    return replace(mask, indices=trimmed(mask.where(keep).indices))
+    indices = mask.where(keep).indices
+    # How many slots are in use is known to the data only; compiled code keeps the empty ones.
+    return replace(mask, indices=indices if torch.compiler.is_compiling() else trimmed(indices))
