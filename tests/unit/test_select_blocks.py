@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -392,6 +392,25 @@ def test_ties_go_to_the_lower_block_in_every_precision(shape: Shape, config: Str
             assert kept == search.keep(int(config.k))  # type: ignore[arg-type]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert rows_of(select_blocks(*drawn(shape, dtype, whole=True), config, shape.rule)) == expected
+
+
+@settings(max_examples=80)
+@given(shapes, tight_configs(), st.sampled_from(["stream", "exhaustive"]))
+@example(
+    Shape(q_len=60, padding=((3, 0), (0, 0))),
+    StreamConfig(4, 6, 3, representative="mean", sink_blocks=0, oversample=1),
+    "stream",
+)
+def test_what_padding_holds_changes_nothing(shape: Shape, config: StreamConfig, selector: str) -> None:
+    """Pooled keys least of all: the first real block may be padding in part."""
+    config = replace(config, selector=selector)
+    q, k = drawn(shape)
+    padding = torch.ones(k.shape[0], 1, k.shape[2], 1, dtype=torch.bool)
+    for b in range(shape.batch):
+        padding[b, :, shape.real(b).start : shape.real(b).stop] = False
+    other = torch.where(padding, 40 * torch.ones_like(k), k)
+    mask, found = (rows_of(select_blocks(q, keys, config, shape.rule)) for keys in (k, other))
+    assert mask == found
 
 
 def test_equal_keys_leave_the_lowest_blocks() -> None:
