@@ -75,8 +75,19 @@ POINTERS = {
         "logits",
         "scores",
     ),
-    "*i32": ("indices", "used_slots", "entries", "item_block", "item_first", "item_last", "item_part")
-    + ("counts", "ranges", "free", "branches"),
+    "*i32": (
+        "indices",
+        "used_slots",
+        "entries",
+        "item_block",
+        "item_first",
+        "item_last",
+        "item_part",
+        "counts",
+        "ranges",
+        "free",
+        "branches",
+    ),
     "*u8": ("key_mask",),
     "*fp64": ("sums",),
 }

@@ -49,14 +49,14 @@ def unsupported(
         if value not in REDUCTIONS:
             return f"the Triton search takes {name} {', '.join(REDUCTIONS)}, not {value!r}: use the torch path."
     rows = -(-q_block // query_stride)
-    for what, value, most in (
+    for what, size, most in (
         ("head dimensions", d_head, MAX_HEAD_DIM),
         ("k_block", k_block, MAX_K_BLOCK),
         ("scored rows of a query block (q_block / query_stride)", rows, MAX_ROWS),
         ("branches (oversample · slots)", oversample * slots, MAX_BRANCHES),
     ):
-        if value > most:
-            return f"the Triton search takes {what} up to {most}, not {value}: use the torch path."
+        if size > most:
+            return f"the Triton search takes {what} up to {most}, not {size}: use the torch path."
     return None
 
 

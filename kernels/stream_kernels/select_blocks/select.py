@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -50,7 +52,7 @@ def select_blocks_triton(
         RuntimeError: Triton cannot run on these tensors; `why_not_triton` says why.
     """
     batch, heads, query_len, d_head = q.shape
-    sizes = {
+    sizes: dict[str, Any] = {
         "d_head": d_head, "q_block": q_block, "k_block": k_block, "slots": slots, "representative": representative,
         "reduce": reduce, "rank": rank, "oversample": oversample, "query_stride": query_stride,
     }  # fmt: skip
