@@ -15,6 +15,7 @@ from stream_lens.backend.session import Session, checked_forward
 from stream_lens.backend.sparse_cache import run_with_cache_of
 from stream_lens.blocks import StreamConfig
 from stream_lens.blocks.kernel_choice import Kernel
+from stream_lens.blocks.selection import SELECTORS
 
 _SESSION = "_stream_session"
 
@@ -91,7 +92,7 @@ def install(
         if kind == "hooked"
         else bridge.attention_modules(model, allow_untested)
     )
-    wanted = _wanted_layers(config, [number for number, _, _ in modules])
+    wanted = _wanted_layers(config, [number for number, _, _ in modules], model.cfg.n_heads)
     layers = [
         StreamedLayer(number, name, config, kernel, observe, keep_scores)
         for number, name, _ in modules
@@ -140,7 +141,10 @@ def _configured(config: StreamConfig | None, choices: dict[str, Any]) -> StreamC
             f"{', '.join(sorted(unknown))} is no choice of stream: give fields of StreamConfig "
             f"({', '.join(StreamConfig.__dataclass_fields__)}), observe, kernel, keep_scores or allow_untested."
         )
-    return replace(config or StreamConfig(), **choices)
+    config = replace(config or StreamConfig(), **choices)
+    if config.selector not in SELECTORS:
+        raise ValueError(f"selector={config.selector!r} is not known: choose one of {', '.join(SELECTORS)}.")
+    return config
 
 
 def _kind(model: Any) -> str:
@@ -156,7 +160,7 @@ def _kind(model: Any) -> str:
     )
 
 
-def _wanted_layers(config: StreamConfig, existing: list[int]) -> set[int]:
+def _wanted_layers(config: StreamConfig, existing: list[int], heads: int) -> set[int]:
     wanted = set(existing if config.layers is None else config.layers)
     missing = wanted - set(existing)
     if missing:
@@ -164,6 +168,9 @@ def _wanted_layers(config: StreamConfig, existing: list[int]) -> set[int]:
     beyond = {layer for layer, _ in config.overrides} - wanted
     if beyond:
         raise ValueError(f"overrides name layers {sorted(beyond)}, which are not streamed.")
+    lacking = {head for _, head in config.overrides if head >= heads}
+    if lacking:
+        raise ValueError(f"overrides name heads {sorted(lacking)}; the model's layers have heads 0 to {heads - 1}.")
     return wanted
 
 
