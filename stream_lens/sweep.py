@@ -95,7 +95,7 @@ def cell_name(cell: Cell) -> str:
 
 
 def _run(
-    model_loader: Callable[[], Any], study: Study, cells: list[tuple[str, Cell]], n_jobs: int
+    model_loader: Callable[[], Any], study: Study, cells: Sequence[tuple[str, Cell]], n_jobs: int
 ) -> Iterator[tuple[str, Cell, list[dict[str, Any]]]]:
     """Results as they come; in batches where joblib's backend cannot hand them over one by one."""
     if not cells:

@@ -77,9 +77,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
 
 
 def test_several_rows_a_cell(tmp_path: Path) -> None:
-    frame = sweep(
-        lambda: 0, {"seed": [0, 1]}, lambda _, cell: [{"row": 0}, {"row": 1}], out=tmp_path, progress=False
-    )
+    frame = sweep(lambda: 0, {"seed": [0, 1]}, lambda _, cell: [{"row": 0}, {"row": 1}], out=tmp_path, progress=False)
     assert frame.row.tolist() == [0, 1, 0, 1]
     assert frame.seed.tolist() == [0, 0, 1, 1]
 
@@ -102,8 +100,14 @@ def test_ray_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     try:
         register_ray()
         with joblib.parallel_config(backend="ray", n_jobs=2):
-            frame = sweep(lambda: 100, CELLS, lambda m, c: {"value": m + c["length"] * 10 + c["seed"]}, out=tmp_path,
-                          n_jobs=2, progress=False)
+            frame = sweep(
+                lambda: 100,
+                CELLS,
+                lambda m, c: {"value": m + c["length"] * 10 + c["seed"]},
+                out=tmp_path,
+                n_jobs=2,
+                progress=False,
+            )
     finally:
         ray.shutdown()
     assert frame.value.tolist() == _expected()
@@ -117,8 +121,14 @@ def test_dask_gives_the_same(tmp_path: Path) -> None:
         distributed.Client(cluster),
         joblib.parallel_config(backend="dask"),
     ):
-        frame = sweep(lambda: 100, CELLS, lambda m, c: {"value": m + c["length"] * 10 + c["seed"]}, out=tmp_path,
-                      n_jobs=2, progress=False)
+        frame = sweep(
+            lambda: 100,
+            CELLS,
+            lambda m, c: {"value": m + c["length"] * 10 + c["seed"]},
+            out=tmp_path,
+            n_jobs=2,
+            progress=False,
+        )
     assert frame.value.tolist() == _expected()
 
 

@@ -8,6 +8,8 @@ import sys
 import typer
 from rich.console import Console
 
+from stream_lens.cli.doctor import doctor_command
+from stream_lens.cli.needle import needle_command
 from stream_lens.cli.trace import trace_command
 
 app = typer.Typer(
@@ -22,6 +24,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("trace")(trace_command)
+app.command("needle")(needle_command)
+app.command("doctor")(doctor_command)
 
 
 @app.callback()

@@ -58,6 +58,14 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+def decimals(text: str) -> tuple[float, ...]:
+    """Numbers from "0.1,0.5". `ValueError` on anything else."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is no list of numbers: write them as 0.1,0.5,0.9.") from None
+
+
 def load(model: str, as_: str | None, n_ctx: int | None, threads: int | None) -> Any:
     """The model, loaded quietly."""
     import torch

@@ -44,9 +44,11 @@ def needle_cells(
             for seed in seeds:
                 case = {"task": task, "length": length, "depth": depth, "seed": seed}
                 cells.append({**case, "selector": DENSE, "k": None, "fraction": None, "q_block": None, "k_block": None})
-                for budget in budgets:
-                    for selector in selectors:
-                        cells.append({**case, "selector": selector, **budget, "q_block": q_block, "k_block": k_block})
+                cells += [
+                    {**case, "selector": selector, **budget, "q_block": q_block, "k_block": k_block}
+                    for budget in budgets
+                    for selector in selectors
+                ]
     return cells
 
 
@@ -143,7 +145,9 @@ class NeedleTable:
     def overall(self) -> pd.DataFrame:
         """The same over all lengths and depths."""
         keys = ["selector", "k", "fraction"]
-        summed = self.rows.assign(hits=self.rows.success.fillna(0) * self.rows.n).groupby(keys, dropna=False, sort=False)
+        summed = self.rows.assign(hits=self.rows.success.fillna(0) * self.rows.n).groupby(
+            keys, dropna=False, sort=False
+        )
         frame = summed[["hits", "n", "dense_failed", "successes_all", "n_all"]].sum().reset_index()
         frame["success"] = frame.hits / frame.n.where(frame.n > 0)
         means = summed[["pruned_causal", "pruned_global", "needle_kept"]].mean().reset_index()
@@ -178,7 +182,10 @@ def needle_table(frame: pd.DataFrame) -> NeedleTable:
                 "dense_failed": len(part) - len(answered),
                 "successes_all": int(part.found.sum()),
                 "n_all": len(part),
-                **{name: part[name].mean() for name in ("pruned_causal", "pruned_visible", "pruned_global", "needle_kept")},
+                **{
+                    name: part[name].mean()
+                    for name in ("pruned_causal", "pruned_visible", "pruned_global", "needle_kept")
+                },
             }
         )
     return NeedleTable(pd.DataFrame(rows))
