@@ -95,7 +95,7 @@ def compile_constants(
         "REPRESENTATIVE": REPRESENTATIVES[representative],
         "REDUCE": REDUCTIONS[reduce],
         "RANK": REDUCTIONS[rank],
-        "num_warps": 4 if branches <= 256 else 8,
+        "num_warps": 8 if branches > 256 or lanes * rows > 2048 else 4,
         "num_stages": 1,
     } | MOST_REGISTERS.get(architecture.split("_")[0], {})
 

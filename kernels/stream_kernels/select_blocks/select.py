@@ -69,10 +69,10 @@ def select_blocks_triton(
     if jobs == 0:
         return out
 
-    q, sums = readable(q.detach()), None
-    if representative == "mean" and rounds > 0:
-        sums = key_sums(k.detach(), rule, k_block)
-    k = readable(k.detach())
+    no_sums = torch.empty(1, dtype=torch.float64, device=q.device)
+    # Without rounds no branch is scored; the kernel then only forms addresses of sums.
+    sums = key_sums(k.detach(), rule, k_block) if representative == "mean" and rounds > 0 else no_sums
+    q, k = readable(q.detach()), readable(k.detach())
     constants = compile_constants(architecture(q.device), q.dtype, query_len=query_len, **sizes)
     children, rows = 2 * constants["BRANCHES"], constants["ROWS"]
     programs = min(jobs, max(MIN_PROGRAMS, SCRATCH_BYTES // (4 * children * (2 + rows))))
