@@ -15,6 +15,7 @@ MAX_HEAD_DIM = 256
 # fma of a product and a sum rounds once, not twice: faster and no less exact. Said at every launch because
 # Triton's own default is about to change. Triton 3.2 and later take it for CUDA and HIP.
 ENABLE_FP_FUSION = True
+MOST_REGISTERS = 255  # per thread: all that NVIDIA's instructions can name
 
 
 def interpreting() -> bool:
@@ -55,6 +56,11 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def register_options(architecture: str) -> dict[str, int]:
+    """Left alone, ptxas spills a few registers to fit one more program on a multiprocessor; AMD's compiler does not."""
+    return {"maxnreg": MOST_REGISTERS} if architecture.startswith("sm_") else {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]) -> None:

@@ -58,6 +58,7 @@ SEARCHES: dict[str, tuple[int, int, int, str, str, str]] = {
     "paper": (16, 1, 1, "first", "max", "max"),
     "k_64": (64, 4, 4, "mean", "mass", "mass"),
     "k_128_centre": (128, 4, 4, "centre", "mass", "max"),
+    "strided_peak": (16, 4, 4, "strided", "peak", "peak"),
     "every_row": (16, 4, 1, "mean", "mass", "max"),
     "every_row_last": (64, 2, 1, "last", "max", "max"),
 }
@@ -211,9 +212,13 @@ def compile_within(case: Case, seconds: int) -> Report | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--subset", action="store_true")
+    parser.add_argument("--sabotage", action="store_true", help="one case whose tiles are too large")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--only", default="", help="cases whose fields, joined by spaces, match this pattern")
     options = parser.parse_args()
+    if options.sabotage:
+        attention_configs.TILES["forward"]["sm_80"][False, 128] = attention_configs.Tiles(32, 32, 4, 2)
+        options.only = "^forward sm_80 fp32 128 32 full$"
     cases = [case for case in (subset() if options.subset else every_case()) if re.search(options.only, str(case))]
     figures, bad = [], 0
     for case in dict.fromkeys(cases):

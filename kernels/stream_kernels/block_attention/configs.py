@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from stream_kernels.launch import register_options
+
 Kernel = Literal["forward", "query_gradient", "key_gradient"]
 
 
@@ -147,7 +149,7 @@ def compile_constants(
         "TILE_KEYS": _cut(k_block, tiles.keys),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
-    }
+    } | register_options(architecture)
 
 
 def _power_of_two(n: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stream_kernels.launch import MAX_HEAD_DIM
+from stream_kernels.launch import MAX_HEAD_DIM, register_options
 
 REPRESENTATIVES = {"mean": 0, "first": 1, "centre": 2, "last": 3, "strided": 4}
 REDUCTIONS = {"max": 0, "mass": 1, "peak": 2}
@@ -19,9 +19,6 @@ MAX_K_BLOCK = 128
 MAX_ROWS = 64
 MAX_BRANCHES = 512
 LANES = 64  # keys scored at a time: several small blocks
-
-# Left alone, ptxas spills a few registers of this kernel to fit one more program on a multiprocessor.
-MOST_REGISTERS: dict[str, dict[str, int]] = {"sm": {"maxnreg": 255}}
 
 
 def unsupported(
@@ -97,7 +94,7 @@ def compile_constants(
         "RANK": REDUCTIONS[rank],
         "num_warps": 8 if branches > 256 or lanes * rows > 2048 else 4,
         "num_stages": 1,
-    } | MOST_REGISTERS.get(architecture.split("_")[0], {})
+    } | register_options(architecture)
 
 
 def _power_of_two(n: int) -> int:

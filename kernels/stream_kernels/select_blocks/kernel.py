@@ -235,7 +235,7 @@ def _select_blocks_kernel(
         alive = wanted
 
         for _ in range(rounds):
-            total2 = forced2
+            total2 = tl.full([ROWS], float("-inf"), tl.float32)
             for tile in range(0, 2 * alive, LANES if REPRESENTATIVE == MEAN else PER_TILE):
                 if REPRESENTATIVE == MEAN:
                     index = tile + tl.arange(0, LANES)
@@ -276,7 +276,7 @@ def _select_blocks_kernel(
                     tl.store(strip + index[None, :] * ROWS + rows[:, None], logits2)
             tl.debug_barrier()
             if REDUCE != MAX:
-                store_shares(strip, scores, 2 * alive, rows, votes, total2, REDUCE, ROWS, LANES)
+                store_shares(strip, scores, 2 * alive, rows, votes, log2_add(total2, forced2), REDUCE, ROWS, LANES)
                 tl.debug_barrier()
             score = tl.load(scores + child, mask=child < 2 * alive, other=float("-inf"))
             child_start, child_stop = load_child(branches, child, BRANCHES)
@@ -293,7 +293,7 @@ def _select_blocks_kernel(
         block = tl.load(branches + branch)
         picked = tl.load(branches + BRANCHES + branch) > block
         if OVERSAMPLE > 1:
-            total2 = forced2
+            total2 = tl.full([ROWS], float("-inf"), tl.float32)
             for tile in range(0, alive, PER_TILE):
                 index = tile + tile_block
                 start = tl.load(branches + tile + lane_block)
@@ -313,7 +313,7 @@ def _select_blocks_kernel(
                     tl.store(strip + index[None, :] * ROWS + rows[:, None], logits2)
             tl.debug_barrier()
             if RANK != MAX:
-                store_shares(strip, scores, alive, rows, votes, total2, RANK, ROWS, LANES)
+                store_shares(strip, scores, alive, rows, votes, log2_add(total2, forced2), RANK, ROWS, LANES)
                 tl.debug_barrier()
             score = tl.load(scores + branch, mask=picked, other=float("-inf"))
             picked = picked & (best(score, free) | fits)
