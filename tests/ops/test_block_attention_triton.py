@@ -18,6 +18,7 @@ from stream_kernels.block_attention import forward, inverted
 from stream_kernels.block_attention.backward import block_attention_backward
 from stream_kernels.block_attention.forward import block_attention_forward
 from stream_kernels.rule import ScoreRule
+from stream_lens.blocks import BlockMask, block_sparse_attention
 from tests.ops.attention_cases import (
     Case,
     assert_as_close_as_eager,
@@ -182,6 +183,23 @@ def test_equal_inputs_give_equal_bits(triton_device: torch.device) -> None:
     case = make_case(groups=2, query_len=50, gate=True)
     first, second = run(case, triton_device), run(case, triton_device)
     assert all(torch.equal(a, b) for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_block_sparse_attention_runs_them_when_asked(gated: bool, triton_device: torch.device) -> None:
+    case = make_case(groups=2, sinks=True, gate=gated)
+    mask = BlockMask(case.indices.sort(descending=True).values.to(triton_device), 16, 16, 40, 40, 0, None)
+    results = []
+    for kernel in ("triton", "torch"):
+        leaves = [moved(x, triton_device).clone().requires_grad_() for x in (case.q, case.k, case.v, case.rule.sinks)]
+        gate = None if case.gate is None else moved(case.gate, triton_device).clone().requires_grad_()
+        rule = replace(case.rule, sinks=leaves[3])
+        result = block_sparse_attention(*leaves[:3], mask, rule, gate, kernel=kernel)
+        wanted = leaves if gate is None else [*leaves, gate]
+        grads = torch.autograd.grad(result.out, wanted, moved(case.grad_out, triton_device))
+        results.append([*result, *grads])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])

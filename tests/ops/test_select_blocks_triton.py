@@ -166,6 +166,13 @@ def test_few_programs_search_for_many_blocks(triton_device: torch.device, monkey
     check(*problem(config, groups=2, query_len=30), config, triton_device)
 
 
+def test_select_blocks_runs_it_when_asked(triton_device: torch.device) -> None:
+    config = config_of()
+    q, k, rule = problem(config, query_len=12)
+    ours = select_blocks(q.to(triton_device), k.to(triton_device), config, rule, kernel="triton")
+    assert torch.equal(ours.indices.cpu(), select_blocks(q, k, config, rule, kernel="torch").indices)
+
+
 FITS = {"d_head": 64, "slots": 16} | {
     name: getattr(StreamConfig(), name)
     for name in ("q_block", "k_block", "representative", "reduce", "rank", "oversample", "query_stride")
