@@ -73,7 +73,7 @@ def test_picture_shows_the_heads_that_attend_to_the_span(model: Any, tokens: tor
 
 
 def test_command(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stream_lens.cli.trace.load", lambda *args, **kwargs: model)
+    monkeypatch.setattr("stream_lens.cli.inputs.load", lambda *args, **kwargs: model)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"t{3 + n % 90}" for n in range(150)))
     options = ["--text", str(text), "--k", "4", "--q-block", "8", "--k-block", "8", "--answer-tokens", "2"]
@@ -86,7 +86,9 @@ def test_command(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list(sl.SparseActivationCache.load(cache).patterns()) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("command", [[], ["trace"], ["needle"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [[], ["trace"], ["needle"], ["doctor"], ["minimal-k"], ["receivers"], ["diff"], ["routes"]]
+)
 def test_help_teaches(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
@@ -94,7 +96,7 @@ def test_help_teaches(command: list[str]) -> None:
 
 
 def test_bad_options_get_a_sentence(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stream_lens.cli.trace.load", lambda *args, **kwargs: model)
+    monkeypatch.setattr("stream_lens.cli.inputs.load", lambda *args, **kwargs: model)
     missing = CliRunner().invoke(app, ["trace", "--text", str(tmp_path / "nothing.txt")])
     assert "is not a file" in str(missing.exception)
     long = tmp_path / "long.txt"

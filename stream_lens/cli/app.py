@@ -8,6 +8,7 @@ import sys
 import typer
 from rich.console import Console
 
+from stream_lens.cli.circuits import diff_command, minimal_k_command, receivers_command, routes_command
 from stream_lens.cli.doctor import doctor_command
 from stream_lens.cli.needle import needle_command
 from stream_lens.cli.trace import trace_command
@@ -25,6 +26,10 @@ app = typer.Typer(
 )
 app.command("trace")(trace_command)
 app.command("needle")(needle_command)
+app.command("minimal-k")(minimal_k_command)
+app.command("receivers")(receivers_command)
+app.command("diff")(diff_command)
+app.command("routes")(routes_command)
 app.command("doctor")(doctor_command)
 
 

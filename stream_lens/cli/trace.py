@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from stream_lens.blocks import StreamConfig
+from stream_lens.cli.inputs import prompt_of
 from stream_lens.cli.options import (
     As,
     Fraction,
@@ -22,7 +23,6 @@ from stream_lens.cli.options import (
     QBlock,
     Selector,
     Threads,
-    load,
     stream_config,
 )
 
@@ -66,49 +66,15 @@ def trace_command(
     """
     console = Console()
     config = stream_config(k, fraction, q_block, k_block, layers, selector)
-    content = None if text is None else _read(text)
     with console.status(f"loading {model}"):
-        loaded = load(
-            model, as_, n_ctx=None if content is not None else _context(model, tokens + answer_tokens), threads=threads
-        )
-    ids, expected, spans = _input(loaded, content, tokens, depth, seed)
+        prompt = prompt_of(model, as_, text, tokens, depth, seed, threads, room=answer_tokens)
+    loaded, ids, expected, spans = prompt.model, prompt.tokens, prompt.expected, prompt.spans
     dense = dense if dense is not None else ids.shape[-1] <= 8192
     _print_estimate(console, loaded, ids.shape[-1], config)
     result = _run(console, loaded, ids, config, answer_tokens, dense, expected, spans)
     _print_answers(console, result)
     _print_layers(console, result)
     _write(console, result, out, save_cache)
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"--text {path} is not a file.")
-    content = path.read_text(encoding="utf-8")
-    if not content.strip():
-        raise ValueError(f"--text {path} is empty.")
-    return content
-
-
-def _context(model: str, needed: int) -> int | None:
-    from stream_lens.models import DEMO_MODELS
-
-    demo = DEMO_MODELS.get(model)
-    return min(demo.n_ctx, max(needed, 1024)) if demo else None
-
-
-def _input(model: Any, content: str | None, tokens: int, depth: float, seed: int) -> tuple[Any, str | None, dict]:
-    from stream_lens.backend.long_inputs import tokens_within_context
-
-    if content is not None:
-        return tokens_within_context(model, content), None, {}
-    from stream_lens.tasks.needle import needle_case
-
-    case = needle_case("single_1", model.tokenizer, tokens=tokens, depth=depth, seed=seed)
-    segments = case.segments(model.tokenizer)
-    spans = {
-        label: segments.token_spans[j] for j, label in enumerate(segments.labels) if label in ("needle", "question")
-    }
-    return tokens_within_context(model, case.prompt, prepend_bos=True), case.answers[0], dict(sorted(spans.items()))
 
 
 def _print_estimate(console: Console, model: Any, n_tokens: int, config: StreamConfig) -> None:
