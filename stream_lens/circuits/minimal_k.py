@@ -185,7 +185,9 @@ class _Search:
     trials: list[Trial]
     by_generating: bool
 
-    def passes(self, config: StreamConfig, k: int | None = None, layer: int | None = None, head: int | None = None) -> bool:
+    def passes(
+        self, config: StreamConfig, k: int | None = None, layer: int | None = None, head: int | None = None
+    ) -> bool:
         """Whether one run with `config` keeps the answer; noted as a trial of `k` (the config's by default)."""
         dense, n = self.dense, self.dense.answer.shape[-1]
         with stream(self.model, config), torch.no_grad():
