@@ -47,10 +47,10 @@ class StreamConfig:
     k_block: int = 32
     k: int | KSchedule = 16
     selector: str = "stream"
-    representative: str = "mean"
+    representative: str = "mean_var"
     reduce: str = "mass"
-    oversample: int = 4
-    rank: str = "max"
+    oversample: int = 6
+    rank: str = "mass"
     query_stride: int = 4
     sink_blocks: int = 1
     local_blocks: int = 0
