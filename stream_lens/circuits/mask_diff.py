@@ -61,7 +61,7 @@ class MaskDiff:
     def by_layer(self) -> pd.DataFrame:
         """One row a layer: cells summed over heads, `moved` averaged, and jaccard = kept ÷ (added + removed + kept)."""
         grouped = self.heads.groupby("layer")
-        counts = [name for name in self.heads.columns[2:] if not name.endswith("moved")]
+        counts = [name for name in self.heads.columns[2:] if name.removeprefix("control_") != "moved"]
         frame = grouped[counts].sum(min_count=1)
         for prefix in ("", "control_"):
             frame[f"{prefix}moved"] = grouped[f"{prefix}moved"].mean()

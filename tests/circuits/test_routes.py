@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import networkx as nx
 import numpy as np
@@ -127,9 +128,7 @@ def test_max_edges_keeps_the_largest_flow_and_all_of_the_paths():
     assert part.paths == whole.paths
     graph = part.graph()
     for path in part.paths:
-        assert all(
-            graph.has_edge(f"{s}:{a}", f"{s + 1}:{b}") for s, (a, b) in enumerate(zip(path.nodes, path.nodes[1:]))
-        )
+        assert all(graph.has_edge(f"{s}:{a}", f"{s + 1}:{b}") for s, (a, b) in enumerate(pairwise(path.nodes)))
 
 
 def test_success_and_failure_differ_along_the_planted_edges():
