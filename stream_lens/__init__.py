@@ -35,6 +35,7 @@ _PLACES = {
         "memory_estimate",
         "run_with_masks",
         "stream",
+        "stream_transformers",
         "uninstall",
     ),
     "stream_lens.cache": ("CacheFileError",),

@@ -19,7 +19,7 @@ TIERS = (
     {"cache"},
     {"circuits", "tasks"},
     {"plots"},
-    {"report", "sweep", "trace", "doctor", "cli", "__main__"},
+    {"report", "sweep", "trace", "adapters", "doctor", "cli", "__main__"},
     {"stream_lens"},  # the package itself, which collects the public names
 )
 RANK = {part: rank for rank, tier in enumerate(TIERS) for part in tier}

@@ -6,6 +6,7 @@ from stream_lens.backend.long_inputs import MemoryEstimate, memory_estimate, run
 from stream_lens.backend.pattern import SparsePattern
 from stream_lens.backend.pattern_data import NoScoresError
 from stream_lens.backend.pattern_index import PatternIndexError
+from stream_lens.backend.plain import StreamedTransformers, stream_transformers
 from stream_lens.backend.refusal import UnsupportedArchitectureError
 from stream_lens.backend.sparse_cache import Compression, RunInfo, SparseActivationCache
 
@@ -19,11 +20,13 @@ __all__ = [
     "SparseActivationCache",
     "SparsePattern",
     "Streamed",
+    "StreamedTransformers",
     "UnsupportedArchitectureError",
     "install",
     "is_streamed",
     "memory_estimate",
     "run_with_masks",
     "stream",
+    "stream_transformers",
     "uninstall",
 ]

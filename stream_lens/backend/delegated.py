@@ -55,6 +55,8 @@ def attention_forward(
     pattern: Any = layer.make_pattern(scores, query.dtype)
     if bridge is not None:
         pattern = bridge[0].hook_pattern(pattern)
+    if (on_pattern := module.__dict__.get("_stream_on_pattern")) is not None:
+        pattern = on_pattern(layer.number, pattern)
     return attend(layer, pattern, value).transpose(1, 2).contiguous(), None
 
 
@@ -65,7 +67,7 @@ def _dense(
     if implementation is None:
         raise RuntimeError(
             f"{type(module).__name__} runs the attention implementation {IMPLEMENTATION!r} without being streamed: use "
-            "stream_lens.stream(model, …), or stream_lens.install on a plain transformers model."
+            "stream_lens.stream(model, …), or stream_lens.stream_transformers for a model without TransformerLens."
         )
     if isinstance(attention_mask, LazyMask):
         attention_mask = attention_mask.dense(implementation)

@@ -156,7 +156,8 @@ def _kind(model: Any) -> str:
         raise UnsupportedArchitectureError(f"{type(model).__name__} cannot be streamed: its attention is not causal.")
     raise TypeError(
         f"a {type(model).__name__} was given: stream takes a HookedTransformer or a TransformerBridge. For a plain "
-        "transformers model boot a bridge: TransformerBridge.boot_transformers(name, hf_model=model)."
+        "transformers model boot a bridge (TransformerBridge.boot_transformers(name, hf_model=model)), or use "
+        "stream_lens.stream_transformers."
     )
 
 
@@ -210,15 +211,4 @@ def _keep_attention_dense(session: Session, attn: Any) -> None:
 def _change_transformers_model(session: Session) -> None:
     lazy_mask.register()
     delegated.register()
-    inner = session.model.original_model
-    configs = {id(module.config): module.config for module in inner.modules() if _has_implementation(module)}
-    session.configs = list(configs.values())
-    session.handles = [
-        inner.register_forward_pre_hook(session.enter_forward),
-        inner.register_forward_hook(session.check_all_ran),
-        inner.register_forward_hook(session.leave_forward, always_call=True),
-    ]
-
-
-def _has_implementation(module: Any) -> bool:
-    return hasattr(module.__dict__.get("config"), "_attn_implementation_internal")
+    session.watch(session.model.original_model)

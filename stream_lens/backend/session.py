@@ -47,6 +47,18 @@ class Session:
         self.marked.append((thing, name))
         thing.__dict__[name] = value
 
+    def watch(self, transformers_model: Any) -> None:
+        """Make "stream_lens" the attention implementation of a transformers model while its forward runs."""
+        modules = transformers_model.modules()
+        configs = [module.__dict__["config"] for module in modules if "config" in module.__dict__]
+        known = {id(config): config for config in configs if hasattr(config, "_attn_implementation_internal")}
+        self.configs = list(known.values())
+        self.handles = [
+            transformers_model.register_forward_pre_hook(self.enter_forward),
+            transformers_model.register_forward_hook(self.check_all_ran),
+            transformers_model.register_forward_hook(self.leave_forward, always_call=True),
+        ]
+
     def restore(self) -> None:
         """Undo everything; safe to call twice."""
         self.leave_forward()
