@@ -13,7 +13,8 @@ from torch import Tensor
 
 from stream_lens.backend.install import install, is_streamed
 from stream_lens.backend.sparse_cache import SparseActivationCache
-from stream_lens.blocks import FractionOfPrefix, MassThreshold, StreamConfig
+from stream_lens.blocks import ScoreRule, StreamConfig
+from stream_lens.blocks.selection import prepared
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool]
 
@@ -148,22 +149,30 @@ class MemoryEstimate:
 def memory_estimate(
     model: Any, n_tokens: int, config: StreamConfig | None = None, *, batch: int = 1, last_logits: int = 1
 ) -> MemoryEstimate:
-    """What a run over `n_tokens` will take, before it is run. A mass threshold is counted at its maximum."""
+    """What a run over `n_tokens` will take, before it is run.
+
+    A mass threshold is counted at its maximum. The sliding windows of a bridge, which leave fewer blocks to keep, are not
+    known here: the real masks may then be smaller.
+    """
     config, cfg = config or StreamConfig(), model.cfg
     layers = range(cfg.n_layers) if config.layers is None else config.layers
     heads, kv_heads = cfg.n_heads, getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
-    q_blocks, k_blocks = -(-n_tokens // config.q_block), -(-n_tokens // config.k_block)
-    if isinstance(config.k, FractionOfPrefix):
-        k = max(config.k.minimum, round(config.k.fraction * k_blocks))
-    else:
-        k = config.k.maximum if isinstance(config.k, MassThreshold) else config.k
+    slots = sum(_slots(cfg, n_tokens, config, layer) for layer in layers)
     size = next(model.parameters()).element_size()
     d_mlp = getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
     width = 4 * cfg.d_model + 3 * d_mlp + 3 * heads * cfg.d_head
     return MemoryEstimate(
         weights=sum(parameter.nbytes for parameter in model.parameters()),
-        masks=len(layers) * batch * heads * q_blocks * min(k, k_blocks) * 8,
+        masks=batch * heads * -(-n_tokens // config.q_block) * slots * 8,  # an int32 index and a float32 mass
         queries_keys=len(layers) * batch * n_tokens * (heads + kv_heads) * cfg.d_head * size,
         activations=batch * (n_tokens * width + last_logits * cfg.d_vocab) * size,
         dense_patterns=2 * len(layers) * batch * heads * n_tokens**2 * size,
     )
+
+
+def _slots(cfg: Any, n_tokens: int, config: StreamConfig, layer: int) -> int:
+    """Slots per query block of one layer's mask, which the search knows from sizes alone."""
+    is_local = getattr(cfg, "use_local_attn", False) and cfg.attn_types[layer] == "local"
+    rule = ScoreRule(1.0, 0, cfg.window_size if is_local else None)
+    sizes = torch.empty(1, cfg.n_heads, n_tokens, 1, device="meta")
+    return prepared(sizes, sizes, rule, config, layer).slots
