@@ -151,8 +151,8 @@ def memory_estimate(
 ) -> MemoryEstimate:
     """What a run over `n_tokens` will take, before it is run.
 
-    A mass threshold is counted at its maximum. The sliding windows of a bridge, which leave fewer blocks to keep, are not
-    known here: the real masks may then be smaller.
+    A mass threshold is counted at its maximum. The sliding windows of a bridge, which leave fewer blocks to keep, are
+    not known here: the real masks may then be smaller.
     """
     config, cfg = config or StreamConfig(), model.cfg
     layers = range(cfg.n_layers) if config.layers is None else config.layers
