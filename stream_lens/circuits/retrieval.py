@@ -15,8 +15,9 @@ from torch import Tensor
 from stream_lens.backend.long_inputs import tokens_within_context
 from stream_lens.backend.pattern import SparsePattern
 from stream_lens.blocks import StreamConfig
-from stream_lens.circuits.ablation import Head, HeadsAgainstRandom, heads_against_random
+from stream_lens.circuits.ablation import Head
 from stream_lens.circuits.edited_runs import Edit, run_edited, streamed_for_now, streamed_layers
+from stream_lens.circuits.head_controls import HeadsAgainstRandom, heads_against_random
 from stream_lens.circuits.metrics import MetricFunction, answer_log_probability, with_answer
 from stream_lens.circuits.results import json_of
 from stream_lens.circuits.text_tokens import Span, text_tokens

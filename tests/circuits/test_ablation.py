@@ -15,9 +15,8 @@ from stream_lens.circuits.ablation import (
     drop_beyond,
     drop_heads,
     drop_spans,
-    heads_against_random,
-    random_heads,
 )
+from stream_lens.circuits.head_controls import heads_against_random, random_heads
 from stream_lens.circuits.metrics import logit_difference
 from stream_lens.circuits.segments import Segments
 from stream_lens.circuits.suppression import segment_suppression
@@ -193,6 +192,7 @@ def test_suppression_is_the_kl_of_whole_runs(model):
     frame = result.to_frame()
     assert len(frame) == np.isfinite(result.log_kl).sum()
     assert json.loads(result.to_json())["log_kl"][0][0] is None
+    assert len(result.plot().data[0].x) == len(spans)
 
 
 def test_what_cannot_take_effect_is_refused():

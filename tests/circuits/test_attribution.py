@@ -198,6 +198,7 @@ def test_pruned_masks_keep_the_metric(model, renormalise):
         value = float(pruned.curve.loc[pruned.curve["edges"] == pruned.edges, "value"].iloc[0])
         assert again == pytest.approx(value, abs=1e-4)
     assert json.loads(pruned.to_json())["edges"] == pruned.edges
+    assert pruned.plot().data[0].x[-1] == pruned.all_edges
 
 
 def test_tables_agree_with_scores():

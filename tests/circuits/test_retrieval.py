@@ -102,6 +102,7 @@ def test_top_heads_are_masked_against_random_ones(model):
     assert result.heads == scores.top_heads(3)
     assert len(result.random_effects) == 2
     assert json.loads(scores.to_json())["by"] == "token"
+    np.testing.assert_array_equal(scores.plot().data[0].z, scores.scores)
 
 
 def needle(prompt, answer, value_span, answers=1):

@@ -1,0 +1,27 @@
+"""Retrieval scores of every head."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+
+from stream_lens.circuits.retrieval import RetrievalScores
+from stream_lens.plots.theme import SCALE, styled
+
+
+def retrieval(result: RetrievalScores, title: str = "Retrieval heads") -> go.Figure:
+    """Share of the source that each head copies, layers by heads."""
+    figure = go.Figure(
+        go.Heatmap(
+            z=result.scores,
+            x=list(range(result.scores.shape[1])),
+            y=list(result.layers),
+            zmin=0,
+            colorscale=SCALE,
+            colorbar={"title": {"text": "share copied", "side": "right"}, "thickness": 12},
+            hovertemplate="layer %{y}, head %{x}: %{z:.3f}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title_text="head", type="category", showgrid=False)
+    figure.update_yaxes(title_text="layer", type="category", autorange="reversed", showgrid=False)
+    answered = sum(result.answered)
+    return styled(figure, f"{title} (by {result.by}; {answered} of {result.cases} cases answered)")
