@@ -189,14 +189,15 @@ def _pooled_logits(
 
     def mean(sums: Tensor) -> Tensor:
         upto = sums.index_select(0, at).view(*edges.shape, -1)
-        return ((upto[..., 1:, :] - upto[..., :-1, :]).flatten(-3, -2).mul_(share)).to(rows.q.dtype)
+        return (upto[..., 1:, :] - upto[..., :-1, :]).flatten(-3, -2).mul_(share)
 
     assert tables.sums is not None
     pooled, q = mean(tables.sums), rule.scale * rows.q
-    scores = capped(q @ pooled.transpose(-1, -2), rule)
+    scores = capped(q @ pooled.to(q.dtype).transpose(-1, -2), rule)
     if representative == "mean_var":
         assert tables.squares is not None
-        spread = (mean(tables.squares) - pooled.square()).clamp(min=0)
+        # In float64: keys may lie far from zero.
+        spread = mean(tables.squares).sub_(pooled.square_()).clamp_(min=0).to(q.dtype)
         scores = scores + 0.5 * q.square() @ spread.transpose(-1, -2)
     if reduce != "max":
         scores = scores + torch.log(count.to(scores.dtype))[:, :, :, None]

@@ -158,7 +158,7 @@ def test_means_stay_exact_far_into_a_text() -> None:
     drift = torch.full((1, 1, length, 4), 1000.0)
     k = drift + random_rows(1, 1, length, 4, seed=1) / 8
     q = random_rows(1, 1, length, 4, seed=0)
-    config = StreamConfig(q_block=64, k_block=64, k=8, reduce="max")
+    config = StreamConfig(q_block=64, k_block=64, k=8, representative="mean", reduce="max", rank="max")
     rows = slice(length - 256, length)
     rule = ScoreRule(0.5, offset=length - 256)
     cpp = select_blocks(q[:, :, rows], k, config, rule, kernel="cpp")

@@ -16,17 +16,33 @@ int64_t real_keys(const Search<T>& f, const SearchScratch<T>& s, Branch branch) 
   return counts[branch.stop] - counts[branch.start];
 }
 
-// The mean over each child's real keys, from prefix sums, into [children, padded to whole vectors][d].
+// The mean over each child's real keys, and their variance where asked for, into [children, padded to whole vectors][d].
+// Differences are taken in float64: keys may lie far from zero.
 template <typename T>
-void child_means(const Search<T>& f, const SearchScratch<T>& s, const double* sums, float* means) {
+void pool_children(const Search<T>& f, const SearchScratch<T>& s, float* means, float* spread) {
   const int64_t d = f.n.head_dim, count = s.children.size();
-  sums += (s.batch * f.n.kv_heads + s.kv_head) * (f.n.k_blocks + 1) * d;
+  const int64_t table = (s.batch * f.n.kv_heads + s.kv_head) * (f.n.k_blocks + 1) * d;
   for (int64_t c = 0; c < count; ++c) {
-    const double *upper = sums + s.children[c].stop * d, *lower = sums + s.children[c].start * d;
+    const int64_t from = table + s.children[c].start * d, to = table + s.children[c].stop * d;
+    const double *lower = f.tables.sums + from, *upper = f.tables.sums + to;
     const double share = 1.0 / std::max<int64_t>(real_keys(f, s, s.children[c]), 1);
-    for (int64_t x = 0; x < d; ++x) means[c * d + x] = static_cast<float>((upper[x] - lower[x]) * share);
+    float* mean_of = means + c * d;
+    if (!f.tables.squares) {
+      for (int64_t x = 0; x < d; ++x) mean_of[x] = static_cast<float>((upper[x] - lower[x]) * share);
+      continue;
+    }
+    const double *lower_square = f.tables.squares + from, *upper_square = f.tables.squares + to;
+    float* spread_of = spread + c * d;
+    for (int64_t x = 0; x < d; ++x) {
+      const double mean = (upper[x] - lower[x]) * share;
+      const double variance = (upper_square[x] - lower_square[x]) * share - mean * mean;
+      mean_of[x] = static_cast<float>(mean);
+      spread_of[x] = static_cast<float>(variance > 0 ? variance : 0);
+    }
   }
-  std::fill(means + count * d, means + round_up(count, kLanes) * d, 0.0f);
+  const int64_t padded = round_up(count, kLanes);
+  std::fill(means + count * d, means + padded * d, 0.0f);
+  if (f.tables.squares) std::fill(spread + count * d, spread + padded * d, 0.0f);
 }
 
 template <typename T>
@@ -42,20 +58,16 @@ void product_of_children(const Search<T>& f, SearchScratch<T>& s, const float* c
 // "mean": the score of the mean key; "mean_var" adds half the variance of the scores under a diagonal covariance.
 template <typename T>
 void mean_logits(const Search<T>& f, SearchScratch<T>& s) {
-  const int64_t count = s.children.size(), size = round_up(count, kLanes) * f.n.head_dim;
+  const int64_t count = s.children.size();
   float *means = s.keys.template as<float>(), *spread = s.spread.template as<float>();
-  child_means(f, s, f.tables.sums, means);
+  pool_children(f, s, means, spread);
   product_of_children(f, s, means, s.scaled_columns, false);
   if (f.rule.softcap > 0) {
     Rule cap = f.rule;
     cap.scale = 1;  // the rows are scaled already
     scale_and_cap(cap, s.logits.template as<float>(), count * s.width);
   }
-  if (f.tables.squares) {
-    child_means(f, s, f.tables.squares, spread);
-    for (int64_t x = 0; x < size; ++x) spread[x] = std::max(spread[x] - means[x] * means[x], 0.0f);
-    product_of_children(f, s, spread, s.square_columns, true);
-  }
+  if (f.tables.squares) product_of_children(f, s, spread, s.square_columns, true);
   for (int64_t c = 0; c < count; ++c) {
     const int64_t keys = real_keys(f, s, s.children[c]), last_key = s.children[c].stop * f.n.k_block - 1;
     const float mass = f.plan.reduce == Vote::max ? 0.0f : std::log(static_cast<float>(keys));
