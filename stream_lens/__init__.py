@@ -48,6 +48,7 @@ _PLACES = {
         "drop_spans",
     ),
     "stream_lens.circuits.attribution": ("GateAttribution", "gate_attribution"),
+    "stream_lens.circuits.calibration": ("calibrate",),
     "stream_lens.circuits.head_controls": ("HeadsAgainstRandom", "heads_against_random"),
     "stream_lens.circuits.mask_diff": ("MaskDiff", "mask_diff"),
     "stream_lens.circuits.metrics": ("Metric", "answer_log_probability", "kl_to", "logit_difference", "with_answer"),

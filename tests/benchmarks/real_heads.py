@@ -10,6 +10,8 @@ import argparse
 import inspect
 import pydoc_data.topics
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,11 +53,26 @@ def text_of(name: str, tokenizer: Any, tokens: int, *, depth: float = 0.4, seed:
     return inspect.getsource(argparse)
 
 
+@cache
 def load_causal(name: str) -> tuple[Any, Any]:
     """The transformers model and tokenizer of a demo model."""
     folder = demo_folder(DEMO_MODELS[name])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def captured(name: str, text: str, tokens: int, folder: Path | None) -> list[Heads]:
+    """The heads of a demo model on a text, from `folder` where they are there already."""
+    file = None if folder is None else folder / f"{name}_{text}_{tokens}.pt"
+    if file is not None and file.exists():
+        kept = torch.load(file)
+        return [Heads(name, text, layer, q, k, scale) for layer, (q, k, scale) in kept.items()]
+    model, tokenizer = load_causal(name)
+    found = capture(name, model, tokenizer, text_of(text, tokenizer, tokens), text, tokens)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({heads.layer: (heads.q, heads.k, heads.scale) for heads in found}, file)
+    return found
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stream_kernels.rule import ScoreRule
 from stream_lens.blocks import BlockMask, StreamConfig, select_blocks
-from tests.benchmarks.real_heads import LAYERS, TEXTS, Heads, capture, load_causal, text_of
+from tests.benchmarks.real_heads import LAYERS, TEXTS, Heads, captured
 
 BLOCK = 32
 DEFAULT = "default"
@@ -146,30 +146,28 @@ def cut(heads: Heads, tokens: int) -> Heads:
     return Heads(heads.model, heads.text, heads.layer, heads.q[:, :, :tokens], heads.k[:, :, :tokens], heads.scale)
 
 
-def collect(lengths: list[int], ks: list[int]) -> pd.DataFrame:
+def collect(budgets: dict[int, int], cache: Path | None) -> pd.DataFrame:
+    """Rows for every length and its k."""
     rows: list[dict[str, Any]] = []
     for name in LAYERS:
-        model, tokenizer = load_causal(name)
         for text in TEXTS:
             # A needle prompt ends with its question, so each length is a prompt of its own; other texts are cut.
-            captured = lengths if text == "needle" else [max(lengths)]
-            for longest in captured:
-                words = text_of(text, tokenizer, longest)
-                for heads in capture(name, model, tokenizer, words, text, longest):
+            for longest in budgets if text == "needle" else [max(budgets)]:
+                for heads in captured(name, text, longest, cache):
                     mass = dense_block_mass(heads)
-                    for tokens in [longest] if text == "needle" else lengths:
+                    for tokens in [longest] if text == "needle" else budgets:
                         blocks = -(-tokens // BLOCK)
-                        for k in ks:
-                            rows += measure(cut(heads, tokens), mass[:, :blocks, :blocks], k)
+                        rows += measure(cut(heads, tokens), mass[:, :blocks, :blocks], budgets[tokens])
     return pd.DataFrame(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="2,048 tokens and k = 8 only")
+    parser.add_argument("--quick", action="store_true", help="2,048 tokens only")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "selectors.json")
+    parser.add_argument("--cache", type=Path, help="folder that keeps queries and keys for the next run")
     options = parser.parse_args()
-    rows = collect([2048], [8]) if options.quick else collect([2048, 4096, 8192], [8, 16])
+    rows = collect({2048: 8} if options.quick else {2048: 8, 4096: 8, 8192: 16}, options.cache)
     # The nominal length names a cell: a needle prompt is a few tokens shorter.
     rows["tokens"] = (rows.tokens / 1024).round().astype(int) * 1024
     overall = summary(rows, ["selector"])
