@@ -31,7 +31,7 @@ class RetrievalCase:
 
     Attributes:
         prompt: token ids [1, position].
-        answer: token ids [n] of the right continuation.
+        answer: token ids [n] of the right continuation; at least one of them stands in a source.
         sources: spans of token positions [start, stop) that hold what is to be copied.
     """
 
@@ -50,6 +50,8 @@ class RetrievalCase:
                 raise ValueError(f"source [{start}, {stop}) is not in the prompt of {self.prompt.shape[1]} tokens.")
         if not self.sources:
             raise ValueError("a case needs at least one source span to copy from.")
+        if not any(torch.isin(self.answer, self.prompt[0, start:stop]).any() for start, stop in self.sources):
+            raise ValueError("no token of the answer stands in a source span, so that no head could copy one.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,8 @@ class RetrievalScores:
         layers: the number of each layer in `scores`.
         by_case: [case, layer, head], of the answered cases.
         cases: how many were given.
-        answered: which of them the sparse model answered right, token for token; the others are left out.
+        answered: in which of them the sparse model said all answer tokens that stand in a source; the others are left
+            out.
         by: "token" or "block".
     """
 
@@ -136,7 +139,8 @@ def retrieval_scores(
     When the model says answer token w, a head copies a source position j if w stands there and j is where the head's
     row attends most; each position counts once, and the score is their number over the source's length. The answer is
     fed in, in one forward: the model says each of its tokens exactly if that token has the largest logit. A case where
-    it does not is left out. Only the answer's rows of the patterns are made dense, one layer at a time.
+    it does not is left out; answer tokens that stand in no source, such as a space before a number, may differ. Only
+    the answer's rows of the patterns are made dense, one layer at a time.
 
     Args:
         model: HookedTransformer or TransformerBridge; streamed already, or streamed for this call.
@@ -162,8 +166,8 @@ def retrieval_scores(
                 found.append(np.stack([scores[layer] for layer in layers]))
     if not found:
         raise ValueError(
-            f"the sparse model answered none of the {len(cases)} cases token for token, so there is nothing to score: "
-            "raise k, or take prompts that the model answers."
+            f"the sparse model answered none of the {len(cases)} cases, so there is nothing to score: raise k, or take "
+            "prompts that the model answers."
         )
     by_case = np.stack(found)
     return RetrievalScores(by_case.mean(0), tuple(layers), by_case, len(cases), tuple(answered), by)
@@ -212,7 +216,8 @@ def _scores_of_case(model: Any, case: RetrievalCase, by: By) -> tuple[bool, Mapp
         return score
 
     logits = run_edited(model, tokens, {layer: read(layer) for layer in streamed_layers(model)}, count)
-    return bool((logits[0].argmax(-1) == answer).all()), scores
+    said = logits[0].argmax(-1) == answer
+    return bool((said | ~copyable.any(1)).all()), scores
 
 
 def _looked_at(rows: Float[Tensor, "head step key"], by: By, k_block: int) -> Tensor:

@@ -35,16 +35,14 @@ def greedy(model, tokens, count):
 
 
 def answered_case(model, seed, count=4):
-    """A prompt that holds, all over, the tokens that the model says next, so that heads can copy them."""
+    """A prompt that holds, all over, tokens that the model says next, so that heads can copy them."""
     tokens = tokens_of(1, 70, seed)
-    for _ in range(8):
+    for _ in range(20):
         answer = greedy(model, tokens, count)
-        changed = tokens.clone()
-        changed[0, 4:64] = answer.repeat(15)
-        if torch.equal(greedy(model, changed, count), answer):
-            return RetrievalCase(changed, answer, ((4, 64),))
-        tokens = changed
-    return RetrievalCase(tokens, greedy(model, tokens, count), ((4, 64),))
+        if torch.isin(answer, tokens[0, 4:64]).any():
+            return RetrievalCase(tokens, answer, ((4, 64),))
+        tokens[0, 4:64] = torch.where(torch.arange(60) % 3 == 0, tokens[0, 4:64], answer.repeat(15))
+    raise AssertionError("the model's answer never came to stand in its prompt")
 
 
 def full_patterns(model, tokens):
@@ -84,12 +82,25 @@ def test_scores_count_what_dense_rows_point_at(model, by):
 
 def test_cases_that_are_not_answered_are_left_out_and_counted(model):
     good = answered_case(model, 0)
-    wrong = (good.answer + 1) % 90
-    bad = RetrievalCase(good.prompt, wrong, good.sources)
+    other = next(token for token in good.prompt[0, 4:64].tolist() if token != good.answer[0])
+    bad = RetrievalCase(good.prompt, torch.tensor([other]), good.sources)
     result = retrieval_scores(model, [bad, good], CONFIG)
     assert (result.cases, result.answered, len(result.by_case)) == (2, (False, True), 1)
     with pytest.raises(ValueError, match="none of the 1 cases"):
         retrieval_scores(model, [bad], CONFIG)
+
+
+def test_answer_tokens_that_stand_in_no_source_may_differ(model):
+    good = answered_case(model, 0)
+    absent = next(token for token in range(3, 90) if token not in good.answer)
+    grown = RetrievalCase(good.prompt, torch.cat([torch.tensor([absent]), good.answer[:1]]), good.sources)
+    with sl.stream(model, CONFIG), torch.no_grad():
+        said = int(model(torch.cat([good.prompt, torch.tensor([[absent]])], 1))[0, -1].argmax())
+    if said == int(good.answer[0]):
+        assert retrieval_scores(model, [grown], CONFIG).answered == (True,)
+    else:
+        with pytest.raises(ValueError, match="none of the 1 cases"):
+            retrieval_scores(model, [grown], CONFIG)
 
 
 def test_top_heads_are_masked_against_random_ones(model):
@@ -127,10 +138,13 @@ def test_a_needle_case_becomes_tokens():
 
 def test_a_case_that_makes_no_sense_is_refused():
     prompt, answer = tokens_of(1, 20), torch.tensor([4])
+    prompt[0, 3] = 4
     with pytest.raises(ValueError, match="not in the prompt"):
         RetrievalCase(prompt, answer, ((3, 30),))
     with pytest.raises(ValueError, match="at least one source"):
         RetrievalCase(prompt, answer, ())
+    with pytest.raises(ValueError, match="no token of the answer"):
+        RetrievalCase(prompt, torch.tensor([2]), ((3, 4),))
     with pytest.raises(ValueError, match="an answer"):
         RetrievalCase(prompt, answer[:0], ((3, 4),))
     with pytest.raises(ValueError, match="by='head'"):
