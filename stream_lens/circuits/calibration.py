@@ -23,7 +23,7 @@ def calibrate(
     config: StreamConfig | None = None,
     *,
     most: int = 64,
-    last_rows: int | None = None,
+    last_q_blocks: int | None = None,
 ) -> StreamConfig:
     """Give every (layer, head) the k that its attention needs, `budget` blocks a head on average.
 
@@ -37,7 +37,7 @@ def calibrate(
         budget: mean k over the calibrated heads.
         config: everything but the overrides; its own overrides are kept where a head is not calibrated.
         most: the largest k that a head may get.
-        last_rows: count only so many last query blocks of each text; None counts all.
+        last_q_blocks: count only so many last query blocks of each text; None counts all.
 
     Raises:
         ValueError: no text, a budget outside what is forced and `most`, or no streamed layer without a window.
@@ -53,7 +53,7 @@ def calibrate(
         for name, pattern in cache.items():
             if isinstance(pattern, SparsePattern) and pattern.mask.window is None:
                 layer = int(name.split(".")[1])
-                sums[layer] = sums.get(layer, 0) + _curve(pattern, config, most, last_rows)
+                sums[layer] = sums.get(layer, 0) + _curve(pattern, config, most, last_q_blocks)
     if not sums:
         raise ValueError(
             "every streamed layer has a sliding window, so there is no k to share out: choose other layers."
@@ -66,11 +66,11 @@ def calibrate(
 
 
 def _curve(
-    pattern: SparsePattern, config: StreamConfig, most: int, last_rows: int | None
+    pattern: SparsePattern, config: StreamConfig, most: int, last_q_blocks: int | None
 ) -> Float[Tensor, "head most"]:
     mask = pattern.mask
     q_blocks = mask.indices.shape[2]
-    first = 0 if last_rows is None else max(0, q_blocks - last_rows)
+    first = 0 if last_q_blocks is None else max(0, q_blocks - last_q_blocks)
     rows = torch.full((q_blocks,), mask.q_block)
     rows[-1] = mask.q_len - (q_blocks - 1) * mask.q_block
     share = pattern.block_mass / rows.to(pattern.block_mass)[:, None]
