@@ -8,11 +8,10 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from stream_lens.blocks import BlockMask
-from stream_lens.plots.theme import COLOURS, SCALE, styled
+from stream_lens.plots.theme import COLOURS, SCALE, panel_grid, styled
 
 Span = tuple[int, int]
 LARGEST_SIDE = 512
@@ -55,7 +54,7 @@ def mask_figure(
     *,
     spans: Mapping[str, Span] | None = None,
     columns: int = 2,
-    panel_height: int = 470,
+    panel_height: int = 400,
 ) -> go.Figure:
     """A picture with one panel for each (name, mask, block mass, head).
 
@@ -68,15 +67,8 @@ def mask_figure(
     """
     if not panels:
         raise ValueError("give at least one panel to draw.")
-    rows = -(-len(panels) // columns)
+    figure = panel_grid([name for name, *_ in panels], columns, panel_height)
     columns = min(columns, len(panels))
-    figure = make_subplots(
-        rows=rows,
-        cols=columns,
-        subplot_titles=[name for name, *_ in panels],
-        horizontal_spacing=0.09,
-        vertical_spacing=0.13 / rows + 0.03,
-    )
     for number, (_, mask, mass, head) in enumerate(panels):
         row, column = number // columns + 1, number % columns + 1
         figure.add_trace(_heatmap(mask, mass, head, show_scale=number == 0), row=row, col=column)
@@ -88,8 +80,7 @@ def mask_figure(
             row=row,
             col=column,
         )
-    styled(figure, title, height=panel_height * rows + 110)
-    return figure
+    return styled(figure, title)
 
 
 def _heatmap(mask: BlockMask, mass: Tensor | None, head: int, *, show_scale: bool) -> go.Heatmap:
