@@ -29,8 +29,10 @@ class GateAttribution:
     """Scores of all kept blocks (edges): positive where the block raises the metric.
 
     A score estimates what the metric would lose if the block's probabilities were set to 0 with all else as it is
-    (no renormalisation). It is linear in the gates: two blocks that stand in for each other may both get a small
-    score. `check_by_ablation` tells how good it is here.
+    (no renormalisation). It is linear in the gates, so it ranks blocks of small effect well and can miss the few that
+    matter most: taking out the block that the answer is read from may cost many nats, while the metric hardly moves
+    around a gate of 1, where the answer is certain. Two blocks that stand in for each other may also both get a small
+    score. `check_by_ablation` tells how good the scores are here; look at its table, not at one correlation.
 
     Attributes:
         scores: by layer, [batch, head, q_blocks, k], aligned with `masks`; 0 in empty slots.

@@ -41,6 +41,9 @@ def checked(attribution: GateAttribution, sample: Any, n: int, seed: int) -> dic
     """Correlations of one sample, and how large its effects are."""
     check = attribution.check_by_ablation(n, seed, sample=sample)
     size = check.table["effect"].abs()
+    # Where a few blocks decide Pearson's r, the report must show which.
+    largest = check.table.loc[size.nlargest(5).index]
+    rest = check.table.drop(largest.index)
     return {
         "n": check.n,
         "pearson": check.pearson,
@@ -48,6 +51,8 @@ def checked(attribution: GateAttribution, sample: Any, n: int, seed: int) -> dic
         "largest_effect": float(size.max()),
         "median_effect": float(size.median()),
         "blocks_over_0.01_nats": int((size > 0.01).sum()),
+        "pearson_without_5_largest_effects": float(rest["score"].corr(rest["effect"])),
+        "largest_effects": largest[["layer", "head", "q_block", "k_block", "score", "effect"]].to_dict("records"),
     }
 
 
