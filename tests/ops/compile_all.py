@@ -59,6 +59,7 @@ SEARCHES: dict[str, tuple[int, int, int, str, str, str]] = {
     "k_64": (64, 4, 4, "mean", "mass", "mass"),
     "k_128_centre": (128, 4, 4, "centre", "mass", "max"),
     "strided_peak": (16, 4, 4, "strided", "peak", "peak"),
+    "most_rows": (128, 4, 2, "centre", "mass", "mass"),  # with blocks of 128
     "every_row": (16, 4, 1, "mean", "mass", "max"),
     "every_row_last": (64, 2, 1, "last", "max", "max"),
 }
@@ -111,6 +112,8 @@ def every_case() -> Iterator[Case]:
                 yield Case(kernel, architecture, "bf16", d_head, 64, "plain")
         for search in SEARCHES:
             yield Case("select", architecture, "bf16", 128, 32, search)
+        yield Case("select", architecture, "bf16", 128, 128, "most_rows")
+        yield Case("select", architecture, "fp32", 128, 128, "most_rows")
         for block in BLOCKS:
             yield Case("select", architecture, "bf16", 128, block, "default")
             yield Case("select", architecture, "fp32", 128, block, "default")

@@ -92,7 +92,7 @@ def compile_constants(
         "REPRESENTATIVE": REPRESENTATIVES[representative],
         "REDUCE": REDUCTIONS[reduce],
         "RANK": REDUCTIONS[rank],
-        "num_warps": 8 if branches > 256 or lanes * rows > 2048 else 4,
+        "num_warps": 8 if branches > 256 or (lanes * rows > 2048 and not architecture.startswith("gfx")) else 4,
         "num_stages": 1,
     } | register_options(architecture)
 
