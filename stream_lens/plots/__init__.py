@@ -1,10 +1,30 @@
 """Pictures, in plotly. Every function gives a Figure; `write_html` makes one page of it."""
 
+from stream_lens.plots.budgets import ablation, attribution, minimal_k
+from stream_lens.plots.heads import kurtosis, thought_anchors, vertical_scores
+from stream_lens.plots.mask_diff import mask_diff
 from stream_lens.plots.masks import mask_figure, mask_image
 from stream_lens.plots.needle import needle_heatmap
 from stream_lens.plots.pruning import pruning
 from stream_lens.plots.retrieval import retrieval
+from stream_lens.plots.routes import routes
 from stream_lens.plots.suppression import suppression
 from stream_lens.plots.theme import write_html
 
-__all__ = ["mask_figure", "mask_image", "needle_heatmap", "pruning", "retrieval", "suppression", "write_html"]
+__all__ = [
+    "ablation",
+    "attribution",
+    "kurtosis",
+    "mask_diff",
+    "mask_figure",
+    "mask_image",
+    "minimal_k",
+    "needle_heatmap",
+    "pruning",
+    "retrieval",
+    "routes",
+    "suppression",
+    "thought_anchors",
+    "vertical_scores",
+    "write_html",
+]

@@ -194,6 +194,9 @@ print(f"n = {check.n}: Pearson {check.pearson:.2f}, Spearman {check.spearman:.2f
 assert check.pearson > 0.5
 
 # %% [markdown]
+# **Reading.** Near the middle the scores are right; points far from the line are blocks where the linear estimate fails,
+# and strong blocks are among them. So attribution finds candidates, and ablation decides.
+#
 # **What this does not show.** The score is the gradient at the run as it is: two blocks that stand in for each other may
 # both get little, and a block's own ablation says nothing about taking out many at once.
 # `stream_lens.circuits.pruning.prune` does that, with random blocks beside it: it looks for the fewest blocks that give
