@@ -16,6 +16,7 @@ LARGEST = 2_000_000
 MACHINE_PATH = re.compile(r"(?:^|[\s\"'(=:])(/(?:home|root|work|tmp|Users|usr|opt|var)/[\w.]|[A-Z]:\\\\)")
 
 nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
+pytest.importorskip("nbclient", reason="the extra `notebooks` is not installed")
 pytest.importorskip("jupytext", reason="the extra `notebooks` is not installed")
 
 
