@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 import torch
 
@@ -17,7 +16,8 @@ from stream_lens.circuits.head_controls import HeadsAgainstRandom
 from stream_lens.circuits.mask_diff import mask_diff
 from stream_lens.circuits.minimal_k import MinimalK, Trial
 from stream_lens.circuits.receiver_heads import ReceiverHeads
-from stream_lens.circuits.routes import route_diff, routes
+from stream_lens.circuits.route_results import Routes, route_diff
+from stream_lens.circuits.routes import routes
 from stream_lens.circuits.segments import Segments
 from stream_lens.circuits.thought_anchors import ThoughtAnchors
 from stream_lens.circuits.vertical_scores import VerticalScores
@@ -96,10 +96,13 @@ def controls_of() -> HeadsAgainstRandom:
 
 
 def routes_of(seed: int = 0):
-    return routes(masks_of(seed), source=(0, 8), target=(56, 64))
+    scores = torch.randn(4, 1, 3, T, T, generator=torch.Generator().manual_seed(seed))
+    hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+    dense = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return routes(dict(enumerate(dense)), (0, 8), (56, 64), segments_of())
 
 
-def figures() -> dict[str, object]:
+def figures() -> dict[str, go.Figure]:
     """All of them, by name; also for a look."""
     pairs = mask_diff([masks_of(s) for s in range(3)], [masks_of(s + 3) for s in range(3)])
     anchors = ThoughtAnchors((np.linspace(0, 1, 8),), (segments_of(),), ((5, 0),))
@@ -199,9 +202,7 @@ def test_route_difference_is_signed() -> None:
     np.testing.assert_allclose(sorted(bars.x), sorted(diff.to_frame().head(30)["difference"]))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("plotly") is None, reason="plotly is not installed")
 def test_every_figure_has_a_title_and_named_axes() -> None:
     for name, figure in figures().items():
         assert figure.layout.title.text, name
         assert figure.layout.xaxis.title.text, name
-        assert figure.layout.template.layout.colorway is not None or figure.layout.colorway, name
