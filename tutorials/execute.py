@@ -67,13 +67,16 @@ def named_in(text: str) -> list[str]:
 
 
 def without_stderr(notebook: Any) -> None:
-    """Take what cells wrote to stderr out of the outputs and print it here."""
+    """Take what cells wrote to stderr out of the outputs and print it here; Ray's own messages come on stdout."""
+
+    def is_noise(output: Any) -> bool:
+        return output.get("name") == "stderr" or (output.get("name") == "stdout" and "(raylet)" in output.text)
+
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            for output in cell.outputs:
-                if output.get("name") == "stderr":
-                    sys.stderr.write(output.text)
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in filter(is_noise, cell.outputs):
+                sys.stderr.write(output.text)
+            cell.outputs = [output for output in cell.outputs if not is_noise(output)]
 
 
 def with_pictures(notebook: Any) -> None:
