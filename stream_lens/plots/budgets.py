@@ -58,7 +58,7 @@ def minimal_k(result: MinimalK, title: str = "Minimal k") -> go.Figure:
             row=1,
             col=2,
         )
-        figure.update_xaxes(title_text="head", row=1, col=2)
+        figure.update_xaxes(title_text="head", dtick=1 if grid.shape[1] <= 20 else None, row=1, col=2)
         figure.update_yaxes(title_text="layer", type="category", row=1, col=2)
         figure.update_layout(legend={"orientation": "h", "y": -0.2})
     below = "k − 1 loses the answer" if result.fails_below else "k − 1 was not tried"
@@ -99,7 +99,7 @@ def attribution(result: GateAttribution, title: str = "Gate attribution", *, top
         row=1,
         col=2,
     )
-    figure.update_xaxes(title_text="head", showgrid=False, row=1, col=1)
+    figure.update_xaxes(title_text="head", showgrid=False, dtick=1 if heads.shape[1] <= 20 else None, row=1, col=1)
     figure.update_yaxes(title_text="layer", type="category", showgrid=False, row=1, col=1)
     figure.update_xaxes(title_text="score", row=1, col=2)
     figure.update_yaxes(tickfont={"size": 11}, type="category", row=1, col=2)

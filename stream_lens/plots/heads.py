@@ -121,6 +121,7 @@ def _bars(values: np.ndarray, segments: Segments, *, legend: bool) -> list[go.Ba
             go.Bar(
                 x=at,
                 y=values[at],
+                width=0.9,
                 name=name.replace("_", " "),
                 legendgroup=name,
                 showlegend=legend,

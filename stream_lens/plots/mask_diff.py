@@ -52,7 +52,7 @@ def _heads(result: MaskDiff, title: str) -> go.Figure:
             col=column,
         )
     _place_bars(figure, list(shown))
-    figure.update_xaxes(title_text="head", showgrid=False)
+    figure.update_xaxes(title_text="head", showgrid=False, dtick=1 if frame["head"].nunique() <= 20 else None)
     figure.update_yaxes(type="category", showgrid=False)
     figure.update_yaxes(title_text="layer", row=1, col=1)
     pairs = f"mean over {result.pairs} pair{'s' * (result.pairs != 1)}, by {result.by}"
