@@ -54,20 +54,21 @@ BLOCKS = (16, 32, 64, 128)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # slots, oversample, query_stride, representative, reduce, rank
 SEARCHES: dict[str, tuple[int, int, int, str, str, str]] = {
-    "default": (16, 4, 4, "mean", "mass", "max"),
+    "default": (16, 6, 4, "mean_var", "mass", "mass"),
     "paper": (16, 1, 1, "first", "max", "max"),
+    "mean": (16, 4, 4, "mean", "mass", "max"),
     "k_64": (64, 4, 4, "mean", "mass", "mass"),
     "k_128_centre": (128, 4, 4, "centre", "mass", "max"),
     "strided_peak": (16, 4, 4, "strided", "peak", "peak"),
     "most_rows": (128, 4, 2, "centre", "mass", "mass"),  # with blocks of 128
-    "every_row": (16, 4, 1, "mean", "mass", "max"),
+    "every_row": (16, 6, 1, "mean_var", "mass", "mass"),
     "every_row_last": (64, 2, 1, "last", "max", "max"),
 }
 KINDS_OF_POINTERS = {
     "*fp32": "gate sinks logsumexp mass scratch delta gate_parts dk_parts dv_parts logits scores",
     "*i32": "indices used_slots entries item_block item_first item_last item_part counts ranges free branches",
     "*u8": "key_mask",
-    "*fp64": "sums",
+    "*fp64": "sums squares",
 }
 SECONDS = 300  # for one kernel; a shape that takes longer is a shape to avoid
 

@@ -21,8 +21,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_poisoned_memory")]
 
 
 def config_of(**choices: Any) -> StreamConfig:
-    """Of the mean representative unless said otherwise: the kernel does not know "mean_var", the default."""
-    small = {"q_block": 8, "k_block": 8, "k": 4, "oversample": 2, "query_stride": 2, "representative": "mean"}
+    small = {
+        "q_block": 8,
+        "k_block": 8,
+        "k": 4,
+        "oversample": 2,
+        "query_stride": 2,
+        "representative": "mean",
+        "rank": "max",
+    }
     return StreamConfig(**small | choices)
 
 
@@ -90,13 +97,15 @@ def check(q: Tensor, k: Tensor, rule: ScoreRule, config: StreamConfig, device: t
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": (
         {"q_block": 32, "k_block": 8, "k": 8, "oversample": 4, "query_stride": 4},
-        {"query_len": 70, "past": 190},
+        {"query_len": 40, "past": 390},
     ),
     "paper": ({"representative": "first", "reduce": "max", "oversample": 1, "query_stride": 1}, {}),
     "mean_max": ({"reduce": "max"}, {}),
     "mean_peak": ({"reduce": "peak", "rank": "peak"}, {}),
     "rank_by_mass": ({"rank": "mass"}, {}),
     "first_by_mass": ({"representative": "first"}, {}),
+    "variance": ({"representative": "mean_var"}, {"padding": "holes", "window": 60}),
+    "variance_max": ({"representative": "mean_var", "reduce": "max"}, {"softcap": 1.0}),
     "centre": ({"representative": "centre", "rank": "mass"}, {}),
     "last": ({"representative": "last", "reduce": "max"}, {}),
     "strided": ({"representative": "strided"}, {}),
@@ -184,7 +193,7 @@ FITS = {"d_head": 64, "slots": 16} | {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"representative": "mean_var"}, "mean_var"),
+        ({"representative": "median"}, "median"),
         ({"reduce": "median"}, "reduce"),
         ({"rank": "median"}, "rank"),
         ({"d_head": 512}, "head dimensions up to 256, not 512"),
@@ -207,7 +216,7 @@ def test_wrong_arguments_raise(triton_device: torch.device) -> None:
     for change, message in (
         ({"free": right["free"][:, :, 1:]}, "free"),
         ({"first": right["first"][:, 1:]}, "stack"),
-        ({"representative": "mean_var"}, "mean_var"),
+        ({"representative": "median"}, "median"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=message):
             select_blocks_triton(q, k, rule, **(right | change))

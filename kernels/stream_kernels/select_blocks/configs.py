@@ -12,7 +12,7 @@ import torch
 
 from stream_kernels.launch import MAX_HEAD_DIM, register_options
 
-REPRESENTATIVES = {"mean": 0, "first": 1, "centre": 2, "last": 3, "strided": 4}
+REPRESENTATIVES = {"mean": 0, "first": 1, "centre": 2, "last": 3, "strided": 4, "mean_var": 5}
 REDUCTIONS = {"max": 0, "mass": 1, "peak": 2}
 SMALLEST_DOT = 16  # tl.dot takes no smaller dimension
 MAX_K_BLOCK = 128
@@ -77,6 +77,9 @@ def compile_constants(
     lanes = max(LANES, k_pad)
     branches = max(_power_of_two(oversample * slots), lanes)
     rows = max(SMALLEST_DOT, _power_of_two(-(-min(q_block, query_len) // query_stride)))
+    # AMD's programs of eight warps have half the registers a thread of those of four; NVIDIA's have as many.
+    heavy = representative == "mean_var" or lanes * rows > 2048
+    num_warps = 8 if branches > 256 or (heavy and not architecture.startswith("gfx")) else 4
     return {
         "KEY_CHUNK": min(max(SMALLEST_DOT, _power_of_two(d_head)), 32 if dtype == torch.float32 else 64),
         "MEAN_CHUNK": SMALLEST_DOT,
@@ -92,7 +95,7 @@ def compile_constants(
         "REPRESENTATIVE": REPRESENTATIVES[representative],
         "REDUCE": REDUCTIONS[reduce],
         "RANK": REDUCTIONS[rank],
-        "num_warps": 8 if branches > 256 or (lanes * rows > 2048 and not architecture.startswith("gfx")) else 4,
+        "num_warps": num_warps,
         "num_stages": 1,
     } | register_options(architecture)
 

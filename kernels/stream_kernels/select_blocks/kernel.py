@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stream_kernels.block_attention.tile import base2_scores, load_key_ok, visible
+from stream_kernels.block_attention.tile import LOG2_E, base2_scores, load_key_ok, visible
 from stream_kernels.select_blocks.votes import MAX, best, log2_add, log2_sum, store_shares
 
 # What stands for a branch: `representative` of StreamConfig.
@@ -19,6 +19,7 @@ FIRST: tl.constexpr = tl.constexpr(1)
 CENTRE: tl.constexpr = tl.constexpr(2)
 LAST: tl.constexpr = tl.constexpr(3)
 STRIDED: tl.constexpr = tl.constexpr(4)
+MEAN_VAR: tl.constexpr = tl.constexpr(5)
 
 
 @triton.jit
@@ -83,6 +84,7 @@ def mean_logits2(
     row_ok,
     position,
     sums,  # float64 prefix sums of this key head's real keys, [k_blocks + 1, d_head]
+    squares,  # the same of their squares
     start,  # [lanes]
     stop,
     keys_in_branch,
@@ -95,25 +97,38 @@ def mean_logits2(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     REDUCE: tl.constexpr,
+    VARIANCE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """[rows, lanes] score (or log-mass) of every child's mean key."""
+    """[rows, lanes] score (or log-mass) of every child's mean key, with `VARIANCE` plus half its scores' variance."""
     column = tl.arange(0, MEAN_CHUNK)
-    from_sums = sums + start.to(tl.int64) * d_head
-    to_sums = sums + stop.to(tl.int64) * d_head
+    from_sums = start.to(tl.int64) * d_head
+    to_sums = stop.to(tl.int64) * d_head
+    count = tl.maximum(keys_in_branch, 1).to(tl.float32)
+    share = 1.0 / count.to(tl.float64)
     products = tl.zeros([ROWS, LANES], tl.float32)
+    variance = tl.zeros([ROWS, LANES], tl.float32)
     for d in range(0, d_head, MEAN_CHUNK):
         in_head = d + column < d_head
         here = in_head[:, None] & (stop > start)[None, :]
-        above = tl.load(to_sums[None, :] + (d + column)[:, None], mask=here, other=0.0)
-        below = tl.load(from_sums[None, :] + (d + column)[:, None], mask=here, other=0.0)
+        above = to_sums[None, :] + (d + column)[:, None]
+        below = from_sums[None, :] + (d + column)[:, None]
+        total = tl.load(sums + above, mask=here, other=0.0) - tl.load(sums + below, mask=here, other=0.0)
         q = tl.load(q_rows[:, None] + (d + column)[None, :], mask=row_ok[:, None] & in_head[None, :], other=0.0)
-        products = tl.dot(q.to(tl.float32), (above - below).to(tl.float32), products, input_precision="ieee")
-    count = tl.maximum(keys_in_branch, 1).to(tl.float32)
+        q = q.to(tl.float32)
+        products = tl.dot(q, total.to(tl.float32), products, input_precision="ieee")
+        if VARIANCE:
+            # In float64: keys may lie far from zero.
+            mean = total * share[None, :]
+            square = tl.load(squares + above, mask=here, other=0.0) - tl.load(squares + below, mask=here, other=0.0)
+            spread = tl.maximum(square * share[None, :] - mean * mean, 0.0)
+            variance = tl.dot(q * q, spread.to(tl.float32), variance, input_precision="ieee")
     logits2 = base2_scores(
         tl.div_rn(products, tl.broadcast_to(count[None, :], [ROWS, LANES])), scale, softcap, HAS_SOFTCAP
     )
+    if VARIANCE:
+        logits2 += variance * (0.5 * LOG2_E * scale * scale)
     if REDUCE != MAX:
         logits2 += tl.log2(count)[None, :]
     seen = (keys_in_branch > 0)[None, :]
@@ -129,7 +144,8 @@ VARYING = ["jobs", "q_blocks", "k_blocks", "slots", "rounds", "query_len", "key_
 def _select_blocks_kernel(
     q_ptr,
     k_ptr,
-    sums_ptr,  # float64 [batch, kv_head, k_blocks + 1, d_head]; only for MEAN
+    sums_ptr,  # float64 [batch, kv_head, k_blocks + 1, d_head]: sums of real keys before each block
+    squares_ptr,  # the same of their squares
     counts_ptr,  # int32 [batch, k_blocks + 1]: real keys before each block
     key_mask_ptr,  # [batch, key_len]
     ranges_ptr,  # int32 [batch, q_blocks, 4]: first, sink_stop, local_start, stop
@@ -177,6 +193,7 @@ def _select_blocks_kernel(
     HAS_WINDOW: tl.constexpr,
 ):
     CHILDREN: tl.constexpr = 2 * BRANCHES
+    POOLED: tl.constexpr = (REPRESENTATIVE == MEAN) | (REPRESENTATIVE == MEAN_VAR)
     PER_TILE: tl.constexpr = LANES // K_PAD
     rows = tl.arange(0, ROWS)
     branch = tl.arange(0, BRANCHES)
@@ -201,9 +218,7 @@ def _select_blocks_kernel(
         q_rows = q_ptr + batch * stride_qb + head * stride_qh + row.to(tl.int64) * stride_qt
         k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
         counts = counts_ptr + batch * (k_blocks + 1)
-        sums = sums_ptr
-        if REPRESENTATIVE == MEAN:
-            sums += (batch * (heads // groups) + kv_head) * (k_blocks + 1) * d_head
+        table = (batch * (heads // groups) + kv_head) * (k_blocks + 1) * d_head
         votes = load_key_ok(key_mask_ptr, batch, position, row_ok, key_len, HAS_KEY_MASK)
 
         ranges = ranges_ptr + (batch * q_blocks + q_index) * 4
@@ -236,13 +251,14 @@ def _select_blocks_kernel(
 
         for _ in range(rounds):
             total2 = tl.full([ROWS], float("-inf"), tl.float32)
-            for tile in range(0, 2 * alive, LANES if REPRESENTATIVE == MEAN else PER_TILE):
-                if REPRESENTATIVE == MEAN:
+            for tile in range(0, 2 * alive, LANES if POOLED else PER_TILE):
+                if POOLED:
                     index = tile + tl.arange(0, LANES)
                     start, end = load_child(branches, index, BRANCHES)
                     logits2 = mean_logits2(
-                        q_rows, row_ok, position, sums, start, end, keys_between(counts, start, end), window, scale,
-                        softcap, d_head, MEAN_CHUNK, K_BLOCK, ROWS, LANES, REDUCE, HAS_SOFTCAP, HAS_WINDOW,
+                        q_rows, row_ok, position, sums_ptr + table, squares_ptr + table, start, end,
+                        keys_between(counts, start, end), window, scale, softcap, d_head,
+                        MEAN_CHUNK, K_BLOCK, ROWS, LANES, REDUCE, REPRESENTATIVE == MEAN_VAR, HAS_SOFTCAP, HAS_WINDOW,
                     )  # fmt: skip
                 else:
                     index = tile + tile_block

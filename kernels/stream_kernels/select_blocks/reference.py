@@ -81,10 +81,13 @@ def branch_logit(
     """[rows]: the maximum or log-mass of the branch [a, z) as its representative shows it."""
     there = real[a * k_block : z * k_block]
     n = there.sum()
-    if representative == "mean":
-        mean = pooled["k"].double()[a * k_block : z * k_block][there].sum(0) / n.clamp(min=1)
+    if representative in ("mean", "mean_var"):
+        keys, window = pooled["k"].double()[a * k_block : z * k_block][there], pooled["rule"].window
+        mean = keys.sum(0) / n.clamp(min=1)
         logit = scores_of_rows(pooled["q"], mean[None], pooled["rule"])[:, 0]
-        window = pooled["rule"].window
+        if representative == "mean_var":
+            variance = (keys - mean).square().sum(0) / n.clamp(min=1)
+            logit = logit + 0.5 * (pooled["rule"].scale * pooled["q"].double()).square() @ variance
         gone = n == 0 if window is None else (n == 0) | (z * k_block - 1 <= pooled["position"][:, 0] - window)
         logit = torch.where(gone, -torch.inf, logit)
         return logit if reduce == "max" else logit + n.log()

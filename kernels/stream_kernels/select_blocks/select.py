@@ -69,9 +69,13 @@ def select_blocks_triton(
     if jobs == 0:
         return out
 
-    no_sums = torch.empty(1, dtype=torch.float64, device=q.device)
-    # Without rounds no branch is scored; the kernel then only forms addresses of sums.
-    sums = key_sums(k.detach(), rule, k_block) if representative == "mean" and rounds > 0 else no_sums
+    # What no branch is scored by is not made; the kernel then only forms addresses of it.
+    sums = squares = torch.empty(1, dtype=torch.float64, device=q.device)
+    if representative in ("mean", "mean_var") and rounds > 0:
+        sums = key_sums(k.detach(), rule, k_block)
+        squares = (
+            key_sums(k.detach().to(torch.float32).square(), rule, k_block) if representative == "mean_var" else sums
+        )
     q, k = readable(q.detach()), readable(k.detach())
     constants = compile_constants(architecture(q.device), q.dtype, query_len=query_len, **sizes)
     children, rows = 2 * constants["BRANCHES"], constants["ROWS"]
@@ -81,6 +85,7 @@ def select_blocks_triton(
         "q_ptr": q,
         "k_ptr": k,
         "sums_ptr": sums,
+        "squares_ptr": squares,
         "counts_ptr": counts,
         "key_mask_ptr": None if rule.key_mask is None else rule.key_mask.to(torch.uint8).contiguous(),
         "ranges_ptr": ranges,
