@@ -52,6 +52,9 @@ def trace_command(
     save_cache: Annotated[
         Path | None, typer.Option(help="Also write the masks and block masses to this safetensors file.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write a page with the text, every head's mask and the layers' table.")
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Trace one text: the dense and the sparse answer, what every layer pruned, and a picture of the masks.
@@ -75,6 +78,11 @@ def trace_command(
     _print_answers(console, result)
     _print_layers(console, result)
     _write(console, result, out, save_cache)
+    if report is not None:
+        from stream_lens.report import write_report
+
+        written = write_report(result, report, loaded.tokenizer)
+        console.print(f"Report: {written} ({_size(written.stat().st_size)})", highlight=False, soft_wrap=True)
 
 
 def _print_estimate(console: Console, model: Any, n_tokens: int, config: StreamConfig) -> None:
