@@ -39,6 +39,9 @@ def test_a_tile_that_spills_is_found() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("STREAM_LENS_STUDIES"), reason="over 500 compilations: set STREAM_LENS_STUDIES=1 to run them"
+)
 def test_all_fit() -> None:
     done = compile_all(seconds=4 * 3600)
     assert done.returncode == 0, done.stdout + done.stderr
