@@ -42,8 +42,11 @@ def mask_image(
     if mass is None:
         value = count / (rows_each * columns_each)
     else:
-        share = mass[batch, head].detach().cpu().float()[kept] / mask.q_block
-        value = torch.zeros(len(count)).index_add_(0, cell, share) / rows_each
+        # The last query block may be short, so each row of the image is divided by the queries that it really holds.
+        first = torch.arange(shape[0]) * rows_each * mask.q_block
+        queries = (first + rows_each * mask.q_block).clamp(max=mask.q_len) - first
+        summed = mass[batch, head].detach().cpu().float()[kept]
+        value = torch.zeros(len(count)).index_add_(0, cell, summed) / queries.repeat_interleave(shape[1])
     image = torch.where(count > 0, value, torch.nan).view(shape).numpy()
     return image, rows_each * mask.q_block, columns_each * mask.k_block
 

@@ -58,7 +58,10 @@ def _layer(layer: int, pattern: Any) -> dict[str, Any]:
     mask = pattern.mask
     indices = mask.indices[0].cpu().numpy()
     dtype = np.dtype("<i2" if mask.k_blocks < 2**15 else "<i4")
-    share = (pattern.block_mass[0].detach().float().cpu().numpy() / mask.q_block).clip(10.0**-_DECADES, 1)
+    # The last query block may be short, so each is divided by the queries that it really holds.
+    first = np.arange(mask.q_blocks)[:, None] * mask.q_block
+    queries = np.minimum(first + mask.q_block, mask.q_len) - first
+    share = (pattern.block_mass[0].detach().float().cpu().numpy() / queries).clip(10.0**-_DECADES, 1)
     levels = np.rint(1 + 254 * (1 + np.log10(share) / _DECADES)).astype(np.uint8)
     return {
         "layer": layer,
