@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from stream_lens.backend.scores import Scores
 from stream_lens.backend.sparse_cache import Compression, RunInfo, SparseActivationCache
 from stream_lens.blocks import BlockMask, StreamConfig
 from stream_lens.blocks.selection import check_shapes
+from stream_lens.files import written_aside
 
 __all__ = ["CacheFileError", "Compression", "RunInfo", "SparseActivationCache", "load", "save"]
 
@@ -68,7 +67,7 @@ def save(cache: SparseActivationCache, path: str | os.PathLike[str], *, scores: 
     target = Path(path)
     # Cloned, since safetensors refuses tensors that share storage.
     ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    _written_aside(target, lambda aside: save_file(ready, aside, metadata=meta))
+    written_aside(target, lambda aside: save_file(ready, aside, metadata=meta))
 
 
 def load(path: str | os.PathLike[str], model: Any = None, device: str | torch.device = "cpu") -> SparseActivationCache:
@@ -216,22 +215,3 @@ def _token_count(cache: SparseActivationCache) -> int:
     if cache.info.tokens is not None:
         return cache.info.tokens.shape[-1]
     return max((pattern.mask.kv_len for pattern in cache.patterns().values()), default=0)
-
-
-def _written_aside(target: Path, write: Callable[[str], None]) -> None:
-    """`write` into a file beside `target`, then rename: readers see the old file or the whole new one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    os.close(handle)
-    try:
-        write(aside)
-        os.chmod(aside, 0o666 & ~_umask())
-        os.replace(aside, target)
-    finally:
-        Path(aside).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import os
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,8 @@ import pandas as pd
 from joblib.parallel import get_active_backend
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from stream_lens.files import written_aside
 
 Cell = Mapping[str, Any]
 Study = Callable[[Any, Cell], Mapping[str, Any] | Sequence[Mapping[str, Any]]]
@@ -125,13 +126,7 @@ def _one(
 
 def _write_cell(path: Path, cell: Cell, rows: list[dict[str, Any]]) -> None:
     frame = pd.DataFrame([{**cell, **row} for row in rows] if rows else [], columns=None if rows else list(cell))
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    try:
-        frame.to_parquet(aside, index=False)
-        os.replace(aside, path)
-    finally:
-        Path(aside).unlink(missing_ok=True)
+    written_aside(path, lambda aside: frame.to_parquet(aside, index=False))
 
 
 @contextmanager

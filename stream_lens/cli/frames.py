@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
+
+from stream_lens.files import written_aside
 
 
 def print_frame(console: Console, title: str, frame: pd.DataFrame, *, rows: int = 12) -> None:
@@ -29,9 +30,7 @@ def write_result(console: Console, result: Any, out: Path, name: str, *, plot: A
 
     out.mkdir(parents=True, exist_ok=True)
     result.to_frame().to_csv(out / f"{name}.csv", index=False)
-    aside = out / f".{name}.json.part"
-    aside.write_text(result.to_json())
-    os.replace(aside, out / f"{name}.json")
+    written_aside(out / f"{name}.json", lambda aside: aside.write_text(result.to_json()))
     write_html(result.plot() if plot is None else plot, out / f"{name}.html")
     console.print(f"Files: {out / name}.csv, .json, .html", highlight=False, soft_wrap=True)
 

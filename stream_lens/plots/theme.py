@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+
+from stream_lens.files import written_aside
 
 # Okabe and Ito's palette, which stays distinct under the common colour-vision deficiencies.
 COLOURS = {
@@ -91,14 +92,4 @@ def styled(figure: go.Figure, title: str, *, width: int | None = None, height: i
 
 def write_html(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
     """One self-contained page, plotly included, put in place whole."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-", suffix=".html")
-    os.close(handle)
-    try:
-        figure.write_html(aside, include_plotlyjs=True, full_html=True)
-        os.chmod(aside, 0o644)
-        os.replace(aside, target)
-    finally:
-        Path(aside).unlink(missing_ok=True)
-    return target
+    return written_aside(path, lambda aside: figure.write_html(str(aside), include_plotlyjs=True, full_html=True))

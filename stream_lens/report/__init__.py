@@ -6,13 +6,13 @@ import base64
 import html
 import json
 import os
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from stream_lens.files import written_aside
 from stream_lens.trace import Trace
 
 __all__ = ["write_report"]
@@ -51,7 +51,7 @@ def write_report(trace: Trace, path: str | os.PathLike[str], tokenizer: Any) -> 
     # In JSON every "<" lies within a string, where \u003c means the same and cannot end the script.
     plain = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = template.replace("{{title}}", html.escape(title)).replace("{{data}}", plain)
-    return _put(page, Path(path))
+    return written_aside(path, lambda aside: aside.write_text(page, encoding="utf-8"))
 
 
 def _layer(layer: int, pattern: Any) -> dict[str, Any]:
@@ -82,16 +82,3 @@ def _layer(layer: int, pattern: Any) -> dict[str, Any]:
 
 def _base64(values: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
-
-
-def _put(page: str, target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-", suffix=".html")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(aside, 0o644)
-        os.replace(aside, target)
-    finally:
-        Path(aside).unlink(missing_ok=True)
-    return target
