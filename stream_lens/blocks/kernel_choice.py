@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -101,8 +101,11 @@ def why_not_search(kernel: str, search: Search) -> str | None:
     """One sentence that says why a path cannot run this search; None when it can."""
     if kernel == "torch":
         return None
-    if search.config.selector != "stream":
-        return f"selector {search.config.selector!r} runs in plain torch only: use kernel='auto' or 'torch'."
+    selector = search.config.selector
+    # How many candidates the oracle has is known to the data only, and compiled code does not wait for data.
+    oracle = selector == "exhaustive" and kernel == "cpp" and not torch.compiler.is_compiling()
+    if selector != "stream" and not oracle:
+        return f"selector {selector!r} runs in plain torch only: use kernel='auto' or 'torch'."
     q = search.q
     reason = why_not(kernel, q.device, q.dtype, q.shape[-1])
     if reason is None and kernel == "triton":
@@ -120,6 +123,8 @@ def search_options(config: StreamConfig) -> dict[str, Any]:
 
 def run_search(path: str, search: Search) -> Int[Tensor, "batch head q_blocks slots"]:
     """The finished indices, forced blocks included, by a compiled path."""
+    if search.config.selector == "exhaustive":
+        search = over_every_block(search)
     ranges = search.ranges
     return SEARCHES[path](
         search.q,
@@ -134,6 +139,14 @@ def run_search(path: str, search: Search) -> Int[Tensor, "batch head q_blocks sl
         rounds=search.rounds,
         **search_options(search.config),
     )
+
+
+def over_every_block(search: Search) -> Search:
+    """The oracle as a search without rounds: every block is a candidate, ranked by all rows and all its keys."""
+    length = (search.ranges.local_start - search.ranges.sink_stop)[:, None]
+    candidates = torch.where(search.free > 0, -(-length // search.free.clamp(min=1)), 0)
+    config = replace(search.config, oversample=max(2, int(candidates.max())), query_stride=1)
+    return replace(search, config=config, rounds=0)
 
 
 def check_kernel(kernel: str) -> None:

@@ -208,6 +208,18 @@ def test_keys_in_any_memory_layout() -> None:
 
 
 @needs_operator
+@pytest.mark.parametrize("rank", ["mass", "max", "peak"])
+@pytest.mark.parametrize("k", [4, FractionOfPrefix(0.3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_oracle_is_the_same_in_the_operator(dtype: torch.dtype, k: int | FractionOfPrefix, rank: str) -> None:
+    q, keys = random_rows(2, 4, 211, 16, seed=0).to(dtype), random_rows(2, 2, 230, 16, seed=1).to(dtype)
+    config = StreamConfig(q_block=8, k_block=16, k=k, selector="exhaustive", rank=rank)  # type: ignore[arg-type]
+    for rule in (None, ScoreRule(0.3, offset=19, window=70, softcap=5.0)):
+        expected = select_blocks(q, keys, config, rule, kernel="torch")
+        assert torch.equal(select_blocks(q, keys, config, rule, kernel="cpp").indices, expected.indices)
+
+
+@needs_operator
 def test_scores_that_are_not_numbers_do_no_harm() -> None:
     q, k = random_rows(1, 2, 200, 16, seed=0), random_rows(1, 1, 200, 16, seed=1)
     k[0, 0, 50] = torch.nan
@@ -218,10 +230,10 @@ def test_scores_that_are_not_numbers_do_no_harm() -> None:
 
 def test_what_only_torch_can_search_says_so() -> None:
     q, k = random_rows(1, 1, 64, 8, seed=0), random_rows(1, 1, 64, 8, seed=1)
-    config = StreamConfig(q_block=8, k_block=8, k=4, selector="exhaustive")
+    config = StreamConfig(q_block=8, k_block=8, k=4, selector="random")
     rule = ScoreRule(1.0)
     assert choose_search("auto", prepared(q, k, rule, config, None)) == "torch"
-    with pytest.raises(RuntimeError, match="kernel='cpp' cannot run here: selector 'exhaustive'"):
+    with pytest.raises(RuntimeError, match="kernel='cpp' cannot run here: selector 'random'"):
         select_blocks(q, k, config, kernel="cpp")
     with pytest.raises(RuntimeError, match=r"float32 and bfloat16, not torch\.float64"):
         select_blocks(q.double(), k.double(), StreamConfig(k=4), kernel="cpp")
