@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 from jaxtyping import Int
 from torch import Tensor
 
-from stream_lens.backend import RunInfo, SparseActivationCache, install, run_with_masks
+from stream_lens.backend import SparseActivationCache, install, run_with_masks
 from stream_lens.backend.greedy import greedy_tokens
 from stream_lens.blocks import StreamConfig
-from stream_lens.plots.masks import mask_figure
+from stream_lens.plots.masks import config_text, mask_figure
 
 Span = tuple[int, int]
 
@@ -102,7 +102,7 @@ class Trace:
         info = self.cache.info
         frame = self.to_frame()
         title = (
-            f"{info.model_name}: kept key blocks, T = {self.n_tokens}, {_k_of(info)}<br><sup>"
+            f"{info.model_name}: kept key blocks, T = {self.n_tokens}, {config_text(info.config)}<br><sup>"
             f"{frame.pruned_causal.mean():.1%} of the causal half pruned over {len(frame)} layers; "
             "colour: share of a query's attention; white: dropped</sup>"
         )
@@ -161,11 +161,3 @@ def trace(
 
 def _text(model: Any, tokens: Tensor) -> str:
     return model.tokenizer.decode(tokens[0].tolist())
-
-
-def _k_of(info: RunInfo) -> str:
-    if info.config is None:
-        return "k unknown"
-    k = info.config.k
-    blocks = f"blocks of {info.config.q_block} × {info.config.k_block}"
-    return f"k = {k}, {blocks}" if isinstance(k, int) else f"{k}, {blocks}"

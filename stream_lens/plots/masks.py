@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -10,12 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stream_lens.blocks import BlockMask
+from stream_lens.blocks import BlockMask, StreamConfig
 from stream_lens.plots.theme import COLOURS, SCALE, panel_grid, styled
 
 Span = tuple[int, int]
 LARGEST_SIDE = 512
 """Cells along a side of one picture; longer texts are drawn by adding up neighbouring blocks."""
+LEAST_SHARE = 1e-4
+"""Shares of a query's attention below this look alike."""
 
 
 def mask_image(
@@ -86,29 +89,52 @@ def mask_figure(
     return styled(figure, title)
 
 
+def shown_share(image: np.ndarray) -> np.ndarray:
+    """Shares as the pictures colour them: their decimal logarithm, from `LEAST_SHARE` up; NaN stays NaN."""
+    return np.log10(np.maximum(image, LEAST_SHARE))
+
+
+def share_axis(what: str) -> dict[str, Any]:
+    """A plotly colour axis for `shown_share`, labelled in shares."""
+    return {
+        "cmin": -4,
+        "cmax": 0,
+        "colorscale": SCALE,
+        "colorbar": {
+            "title": {"text": what, "side": "right"},
+            "tickvals": [-4, -3, -2, -1, 0],
+            "ticktext": ["≤ 0.0001", "0.001", "0.01", "0.1", "1"],
+            "thickness": 12,
+        },
+    }
+
+
+def config_text(config: StreamConfig | None) -> str:
+    """What a run kept, for titles: k or its schedule, and the sizes of blocks."""
+    if config is None:
+        return "k unknown"
+    blocks = f"blocks of {config.q_block} × {config.k_block}"
+    return f"k = {config.k}, {blocks}" if isinstance(config.k, int) else f"{config.k}, {blocks}"
+
+
 def _heatmap(mask: BlockMask, mass: Tensor | None, head: int, *, show_scale: bool) -> go.Heatmap:
     image, row_tokens, column_tokens = mask_image(mask, mass, head=head)
-    shown = np.log10(np.maximum(image, 1e-4))
     what = "share of a row" if mass is not None else "share of blocks kept"
+    axis = share_axis(what)
     return go.Heatmap(
-        z=shown,
+        z=shown_share(image),
         x=(np.arange(image.shape[1]) + 0.5) * column_tokens,
         y=mask.offset + (np.arange(image.shape[0]) + 0.5) * row_tokens,
-        zmin=-4,
-        zmax=0,
-        colorscale=SCALE,
+        zmin=axis["cmin"],
+        zmax=axis["cmax"],
+        colorscale=axis["colorscale"],
         showscale=show_scale,
         customdata=image,
         hovertemplate=(
             f"queries %{{y:.0f}} ± {row_tokens / 2:.0f}<br>keys %{{x:.0f}} ± {column_tokens / 2:.0f}"
             f"<br>{what}: %{{customdata:.3g}}<extra></extra>"
         ),
-        colorbar={
-            "title": {"text": what, "side": "right"},
-            "tickvals": [-4, -3, -2, -1, 0],
-            "ticktext": ["≤ 0.0001", "0.001", "0.01", "0.1", "1"],
-            "thickness": 12,
-        },
+        colorbar=axis["colorbar"],
     )
 
 
