@@ -72,11 +72,16 @@ def run(model: Any, config: sl.StreamConfig, ids: Tensor, digits: int, start: Te
 
 @torch.no_grad()
 def run_every_layer(model: Any, config: sl.StreamConfig, ids: Tensor, digits: int) -> dict[str, Any]:
-    """The same with the windows pruned to k blocks too; `pruned` counts what a row can see, windows included."""
+    """The same with the windows pruned to k blocks too; `pruned` counts what a row can see, windows included.
+
+    `pruned_global` is of the global layers' causal half.
+    """
     with sl.stream(model, config, keep_scores=False):
         logits, cache = sl.run_with_masks(model, ids, last_logits=digits + 1)
-    patterns = [cache["pattern", layer] for layer in range(model.cfg.n_layers)]
-    return judged(logits, ids, digits, [pattern.mask.sparsity("visible") for pattern in patterns])
+    masks = [cache["pattern", layer].mask for layer in range(model.cfg.n_layers)]
+    of_global = [float(masks[layer].sparsity("causal")) for layer in GLOBAL]
+    found = judged(logits, ids, digits, [mask.sparsity("visible") for mask in masks])
+    return {**found, "pruned_global": sum(of_global) / len(of_global)}
 
 
 def judged(logits: Tensor, ids: Tensor, digits: int, pruned: list[float]) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""Needles found by length × depth for every selector and budget, and how much can be pruned before some are lost.
+
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m tests.benchmarks.needle_grid [--cases 10] [--jobs 2]
+
+Gemma 3 270M, every layer pruned. A budget is a share of the blocks of the causal half: spent as one k for all rows, or
+as the same share of every row's prefix (`FractionOfPrefix`), with the same total. A case counts as found if every digit
+of the answer is the most likely next token after the prompt, a colon and the digits before: one forward a case. Cases
+that dense attention fails are counted and left out. Finished cases are kept, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+import stream_lens as sl
+from stream_lens.sweep import sweep
+from tests.benchmarks.measuring import RESULTS
+from tests.benchmarks.needle_budget import DENSE, prompt_and_answer, run_every_layer
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+FRACTIONS = (0.02, 0.05, 0.1, 0.2)
+FRACTION_SCHEDULE = "stream, fraction of prefix"
+WAYS = {
+    "stream": FRACTIONS,
+    FRACTION_SCHEDULE: FRACTIONS,
+    "exhaustive": FRACTIONS,
+    "window_sinks": (0.05, 0.2),
+    "random": (0.05, 0.2),
+}
+LONG_WAYS = {
+    "stream": (0.02, 0.05, 0.1),
+    FRACTION_SCHEDULE: (0.02, 0.05),
+    "exhaustive": (0.05,),
+    "window_sinks": (0.05,),
+}
+"""What is run beyond 4,000 tokens, where a case takes minutes."""
+BEYOND = 4000
+
+
+def cells(lengths: tuple[int, ...], once: tuple[int, ...], cases: int) -> list[dict[str, Any]]:
+    """The cases, seed by seed, so that a run that was cut short has the same n everywhere; `once` at its end."""
+    many = [{"length": n, "depth": depth, "seed": seed} for seed in range(cases) for n in lengths for depth in DEPTHS]
+    return many + [{"length": n, "depth": depth, "seed": 0} for n in once for depth in DEPTHS]
+
+
+def constant_k(fraction: float, tokens: int, block: int = 32) -> int:
+    """The k whose total of kept blocks is nearest to that share of every row's prefix."""
+    visible = torch.arange(1, math.ceil(tokens / block) + 1)
+    wanted = int(torch.minimum(sl.FractionOfPrefix(fraction, minimum=2).blocks(visible), visible).sum())
+    totals = visible.clamp(max=visible[:, None]).sum(1)  # of k = 1, 2, 3 …
+    return int((totals - wanted).abs().argmin()) + 1
+
+
+def config(way: str, fraction: float, tokens: int) -> sl.StreamConfig:
+    """How that budget is spent."""
+    if way == FRACTION_SCHEDULE:
+        return sl.StreamConfig(k=sl.FractionOfPrefix(fraction, minimum=2))
+    return sl.StreamConfig(k=max(2, constant_k(fraction, tokens)), selector=way)
+
+
+def study(model: Any, cell: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The dense run, and if it finds the needle every way of pruning."""
+    ids, digits = prompt_and_answer(model, cell["length"], cell["depth"], cell["seed"])
+    rows = [{"selector": "dense", "fraction": None, "k": None, **run_every_layer(model, DENSE, ids, digits)}]
+    if not rows[0]["found"]:
+        return rows
+    ran: dict[str, dict[str, Any]] = {}  # small budgets of short texts come to the same k
+    for way, fractions in (LONG_WAYS if cell["length"] > BEYOND else WAYS).items():
+        for fraction in fractions:
+            chosen = config(way, fraction, ids.shape[1])
+            name = str(chosen)
+            if name not in ran:
+                ran[name] = run_every_layer(model, chosen, ids, digits)
+            k = chosen.k if isinstance(chosen.k, int) else None
+            rows.append({"selector": way, "fraction": fraction, "k": k, **ran[name]})
+    return rows
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Success of every way and budget at every length and depth, of the cases that dense answers."""
+    sparse = frame[frame.selector != "dense"]
+    keys = ["length", "depth", "selector", "fraction"]
+    return (
+        sparse.groupby(keys, sort=False)
+        .agg(found=("found", "sum"), n=("found", "size"), pruned_global=("pruned_global", "mean"), k=("k", "first"))
+        .reset_index()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 2000, 4000, 8000])
+    parser.add_argument("--once", type=int, nargs="*", default=[16000, 32000], help="lengths of one case a depth")
+    parser.add_argument("--cases", type=int, default=10, help="cases of every length and depth")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=Path("out/needle_grid"), help="where finished cases are kept")
+    options = parser.parse_args()
+    longest = max(*options.lengths, *options.once, 0)
+    loader = partial(sl.load_model, "gemma-3-270m", as_="hooked", n_ctx=longest + 64, dtype=torch.bfloat16)
+    listed = cells(tuple(options.lengths), tuple(options.once), options.cases)
+    frame = sweep(loader, listed, study, out=options.folder, n_jobs=options.jobs)
+    write(frame)
+
+
+def write(frame: pd.DataFrame) -> None:
+    """The summary and every run, and the summary over depths on the screen."""
+    table = summary(frame)
+    dense = frame[frame.selector == "dense"].groupby("length").found.agg(["sum", "size"])
+    result = {
+        "model": "gemma-3-270m",
+        "dtype": "bfloat16",
+        "dense": [{"length": n, "found": int(row["sum"]), "n": int(row["size"])} for n, row in dense.iterrows()],
+        "rows": table.to_dict("records"),
+    }
+    (RESULTS / "needle_grid.json").write_text(json.dumps(result) + "\n")
+    overall = table.groupby(["length", "selector", "fraction"], sort=False)
+    shown = overall.agg(found=("found", "sum"), n=("n", "sum"), pruned_global=("pruned_global", "mean"))
+    print(dense.to_string(), shown.reset_index().to_string(index=False), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
