@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from html import escape
+
 import numpy as np
 import plotly.graph_objects as go
 
@@ -11,8 +13,8 @@ from stream_lens.plots.theme import SCALE, styled
 
 def suppression(result: SegmentSuppression, title: str = "Segment suppression") -> go.Figure:
     """Mean log KL as a matrix: columns the segment cut off, rows the later segment measured."""
-    columns = [f"{j} {result.labels[j]}" for j in result.suppressed]
-    rows = [f"{i} {result.labels[i]}" for i in result.affected]
+    columns = [f"{j} {escape(result.labels[j])}" for j in result.suppressed]
+    rows = [f"{i} {escape(result.labels[i])}" for i in result.affected]
     figure = go.Figure(
         go.Heatmap(
             z=np.asarray(result.log_kl).T,

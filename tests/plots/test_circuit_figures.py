@@ -15,10 +15,13 @@ from stream_lens.circuits.attribution import GateAttribution
 from stream_lens.circuits.head_controls import HeadsAgainstRandom
 from stream_lens.circuits.mask_diff import mask_diff
 from stream_lens.circuits.minimal_k import MinimalK, Trial
+from stream_lens.circuits.pruning import PrunedEdges
 from stream_lens.circuits.receiver_heads import ReceiverHeads
+from stream_lens.circuits.retrieval import RetrievalScores
 from stream_lens.circuits.route_results import route_diff
 from stream_lens.circuits.routes import routes
 from stream_lens.circuits.segments import Segments
+from stream_lens.circuits.suppression import SegmentSuppression
 from stream_lens.circuits.thought_anchors import ThoughtAnchors
 from stream_lens.circuits.vertical_scores import VerticalScores
 
@@ -95,6 +98,21 @@ def controls_of() -> HeadsAgainstRandom:
     return HeadsAgainstRandom(((1, 0),), 2.0, 1.4, (0.1, 0.3, 0.2), 0.2, (0.0, 0.4), 0.95, 4, (((0, 0),),) * 3)
 
 
+def pruned_of() -> PrunedEdges:
+    curve = pd.DataFrame({"edges": [0, 4, 8, 90], "value": [0.0, 1.0, 1.9, 2.0], "faithfulness": [0, 0.5, 0.95, 1.0]})
+    return PrunedEdges(masks_of(0), 8, 90, 0.95, 0.9, 2.0, 0.0, (0.1, 0.3), curve)
+
+
+def retrieval_of() -> RetrievalScores:
+    by_case = np.random.default_rng(0).random((3, 2, 4))
+    return RetrievalScores(by_case.mean(0), (5, 11), by_case, 4, (True, True, False, True), "token")
+
+
+def suppression_of() -> SegmentSuppression:
+    log_kl = np.array([[-3.0, -1.0], [np.nan, -5.0]])
+    return SegmentSuppression(log_kl, (0, 1), (1, 2), (10, 20), (8, 8), ("<a>", "<b>", "<c>"), 0.6, "drop")
+
+
 def routes_of(seed: int = 0):
     scores = torch.randn(4, 1, 3, T, T, generator=torch.Generator().manual_seed(seed))
     hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
@@ -117,6 +135,9 @@ def figures() -> dict[str, go.Figure]:
         "attribution": plots.attribution(attribution_of()),
         "ablation": plots.ablation(effects_of()),
         "ablation_control": plots.ablation(controls_of()),
+        "pruning": plots.pruning(pruned_of()),
+        "retrieval": plots.retrieval(retrieval_of()),
+        "suppression": plots.suppression(suppression_of()),
         "routes": plots.routes(routes_of()),
         "route_diff": plots.routes(route_diff(routes_of(0), routes_of(1))),
     }
@@ -200,6 +221,30 @@ def test_route_difference_is_signed() -> None:
     diff = route_diff(routes_of(0), routes_of(1))
     (bars,) = plots.routes(diff).data
     np.testing.assert_allclose(sorted(bars.x), sorted(diff.to_frame().head(30)["difference"]))
+
+
+def test_pruning_draws_the_curve_and_the_random_control() -> None:
+    result = pruned_of()
+    curve, random = plots.pruning(result).data
+    assert dict(zip(curve.x, curve.y, strict=True)) == {4: 0.5, 8: 0.95, 90: 1.0}  # no logarithm of none
+    assert list(zip(random.x, random.y, strict=True)) == [(8, 0.1), (8, 0.3)]
+    assert "8 blocks recover 95%" in plots.pruning(result).layout.title.text
+
+
+def test_retrieval_shows_every_head_and_how_many_answers() -> None:
+    result = retrieval_of()
+    figure = plots.retrieval(result)
+    np.testing.assert_array_equal(figure.data[0].z, result.scores)
+    assert list(figure.data[0].y) == [5, 11]
+    assert "3 of 4 cases answered" in figure.layout.title.text
+
+
+def test_suppression_has_the_cut_segments_across_and_the_measured_down() -> None:
+    result = suppression_of()
+    (heat,) = plots.suppression(result).data
+    np.testing.assert_array_equal(heat.z, result.log_kl.T)
+    assert list(heat.x) == ["0 &lt;a&gt;", "1 &lt;b&gt;"]
+    assert list(heat.y) == ["1 &lt;b&gt;", "2 &lt;c&gt;"]
 
 
 def test_every_figure_has_a_title_and_named_axes() -> None:
