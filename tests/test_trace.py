@@ -18,6 +18,8 @@ from stream_lens.trace import trace
 sys.path.insert(0, str(Path(__file__).parent / "backend"))
 from tiny_models import VOCAB, WINDOW, tiny_bridge
 
+from tests.browser import opened
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:
@@ -72,18 +74,39 @@ def test_picture_shows_the_heads_that_attend_to_the_span(model: Any, tokens: tor
     assert len(figure.data) == 4
 
 
-def test_command(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def options(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of the command, for 150 words of text."""
     monkeypatch.setattr("stream_lens.cli.inputs.load", lambda *args, **kwargs: model)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"t{3 + n % 90}" for n in range(150)))
-    options = ["--text", str(text), "--k", "4", "--q-block", "8", "--k-block", "8", "--answer-tokens", "2"]
+    sizes = ["--k", "4", "--q-block", "8", "--k-block", "8", "--answer-tokens", "2"]
+    return ["trace", "--text", str(text), *sizes, "--out", str(tmp_path)]
+
+
+def test_command(options: list[str], tmp_path: Path) -> None:
     cache = tmp_path / "cache.safetensors"
-    result = CliRunner().invoke(app, ["trace", *options, "--out", str(tmp_path), "--save-cache", str(cache)])
+    result = CliRunner().invoke(app, [*options, "--save-cache", str(cache)])
     assert result.exit_code == 0, result.output
     assert "Greedy answers" in result.output
     assert f"window of {WINDOW}" in result.output
     assert (tmp_path / "trace.html").stat().st_size > 1e6
     assert list(sl.SparseActivationCache.load(cache).patterns()) == [0, 1, 2]
+
+
+def test_report_of_the_command(options: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "pages" / "report.html"
+    result = CliRunner().invoke(app, [*options, "--report", str(file)])
+    assert result.exit_code == 0, result.output
+    assert f"Report: {file}" in result.output
+    assert "http" not in file.read_text(encoding="utf-8")
+    with opened(file) as (page, problems):
+        assert page.evaluate("data.layers.map((layer) => layer.layer)") == [0, 1, 2]
+        words = page.evaluate("words.map((word) => word.textContent.trim())")
+        assert words[-150:] == [f"t{3 + n % 90}" for n in range(150)]
+        page.click("button[data-head='1.3']")
+        assert "layer 1, head 3: k = 4, blocks of 8 × 8" in page.inner_text("#name")
+        assert problems == []
 
 
 @pytest.mark.parametrize(

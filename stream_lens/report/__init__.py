@@ -23,8 +23,10 @@ _DECADES = 4  # shares below 10⁻⁴ of a row look alike
 def write_report(trace: Trace, path: str | os.PathLike[str], tokenizer: Any) -> Path:
     """Write the first text of a trace as one self-contained page, put in place whole.
 
-    A head is picked in a grid of layers × heads; pointing at a cell of its mask lights the query and key text, a click
-    holds them. Masks are stored as int16 or int32 block indices and one byte of log share each: O(T · k) a head.
+    A head is picked in a grid of small masks, in the table of layers, or by the page's address (`report.html#5.1`).
+    Pointing at a cell of its mask lights the query and key text; a click holds them and marks every other head that
+    keeps the block; a click on a word lights all that its query block keeps. Masks are stored as int16 or int32 block
+    indices and one byte of log share each, O(T · k) a head; shares are right to 2%.
 
     Args:
         trace: of `stream_lens.trace.trace`.
