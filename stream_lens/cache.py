@@ -64,10 +64,21 @@ def save(cache: SparseActivationCache, path: str | os.PathLike[str], *, scores: 
         "token_count": str(_token_count(cache)),
         "patterns": json.dumps(patterns),
     }
-    target = Path(path)
-    # Cloned, since safetensors refuses tensors that share storage.
-    ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    written_aside(target, lambda aside: save_file(ready, aside, metadata=meta))
+    ready = _ready_to_write(tensors)
+    written_aside(path, lambda aside: save_file(ready, aside, metadata=meta))
+
+
+def _ready_to_write(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors takes them: on the CPU, contiguous, no two of one storage; what is so already is not copied."""
+    ready: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.untyped_storage().data_ptr() in storages:
+            plain = plain.clone()
+        storages.add(plain.untyped_storage().data_ptr())
+        ready[name] = plain
+    return ready
 
 
 def load(path: str | os.PathLike[str], model: Any = None, device: str | torch.device = "cpu") -> SparseActivationCache:

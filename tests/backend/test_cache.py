@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import stream_lens.cache as files
 from stream_lens import SparseActivationCache, SparsePattern, stream
 from stream_lens.backend import NoScoresError
-from stream_lens.cache import CacheFileError, load, save
+from stream_lens.cache import CacheFileError, RunInfo, load, save
 from tests.backend.hooked_models import tokens_of
 from tests.backend.runs import with_hook, worst
 from tests.backend.tiny_models import tiny_bridge
@@ -283,3 +283,20 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         cached().save(path)
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_saving_copies_only_what_shares_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    big = torch.rand(3, 40, 8)
+    views = {"blocks.0.hook_a": big, "blocks.0.hook_b": big[1], "blocks.0.hook_c": big.transpose(1, 2)}
+    written: dict[str, torch.Tensor] = {}
+
+    def watched(tensors: dict[str, torch.Tensor], aside: str, metadata: dict[str, str]) -> None:
+        written.update(tensors)
+        save_file(tensors, aside, metadata)
+
+    monkeypatch.setattr(files, "save_file", watched)
+    SparseActivationCache(dict(views), None, True, RunInfo("tiny", None, False, None)).save(tmp_path / "run")
+    assert written["tensor:blocks.0.hook_a"].data_ptr() == big.data_ptr()
+    loaded = load(tmp_path / "run")
+    for name, value in views.items():
+        assert torch.equal(loaded[name], value)
