@@ -8,74 +8,98 @@
 
 namespace stream_lens {
 
-constexpr int64_t kGemmRows = 64;  // products of at most this many rows: few shapes for brgemm to compile
-
 template <typename T>
 int64_t real_keys(const Search<T>& f, const SearchScratch<T>& s, Branch branch) {
   const int32_t* counts = f.tables.counts + s.batch * (f.n.k_blocks + 1);
   return counts[branch.stop] - counts[branch.start];
 }
 
-// The mean over each child's real keys, and their variance where asked for, into [children, padded to whole vectors][d].
+// The mean over a branch's real keys into row [0, d), and their variance where asked for into row [d, 2d).
 // Differences are taken in float64: keys may lie far from zero.
-template <typename T>
-void pool_children(const Search<T>& f, const SearchScratch<T>& s, float* means, float* spread) {
-  const int64_t d = f.n.head_dim, count = s.children.size();
-  const int64_t table = (s.batch * f.n.kv_heads + s.kv_head) * (f.n.k_blocks + 1) * d;
-  for (int64_t c = 0; c < count; ++c) {
-    const int64_t from = table + s.children[c].start * d, to = table + s.children[c].stop * d;
-    const double *lower = f.tables.sums + from, *upper = f.tables.sums + to;
-    const double share = 1.0 / std::max<int64_t>(real_keys(f, s, s.children[c]), 1);
-    float* mean_of = means + c * d;
-    if (!f.tables.squares) {
-      for (int64_t x = 0; x < d; ++x) mean_of[x] = static_cast<float>((upper[x] - lower[x]) * share);
-      continue;
-    }
-    const double *lower_square = f.tables.squares + from, *upper_square = f.tables.squares + to;
-    float* spread_of = spread + c * d;
-    for (int64_t x = 0; x < d; ++x) {
-      const double mean = (upper[x] - lower[x]) * share;
-      const double variance = (upper_square[x] - lower_square[x]) * share - mean * mean;
-      mean_of[x] = static_cast<float>(mean);
-      spread_of[x] = static_cast<float>(variance > 0 ? variance : 0);
-    }
+inline void pool_branch(const Tables& tables, const Sizes& n, int64_t batch, int64_t kv_head, Branch branch, float* row) {
+  const int64_t d = n.head_dim, table = (batch * n.kv_heads + kv_head) * (n.k_blocks + 1);
+  const int64_t from = (table + branch.start) * d, to = (table + branch.stop) * d;
+  const int32_t* counts = tables.counts + batch * (n.k_blocks + 1);
+  const double *lower = tables.sums + from, *upper = tables.sums + to;
+  const double share = 1.0 / std::max(counts[branch.stop] - counts[branch.start], 1);
+  if (!tables.squares) {
+    for (int64_t x = 0; x < d; ++x) row[x] = static_cast<float>((upper[x] - lower[x]) * share);
+    return;
   }
-  const int64_t padded = round_up(count, kLanes);
-  std::fill(means + count * d, means + padded * d, 0.0f);
-  if (f.tables.squares) std::fill(spread + count * d, spread + padded * d, 0.0f);
+  const double *lower_square = tables.squares + from, *upper_square = tables.squares + to;
+  for (int64_t x = 0; x < d; ++x) {
+    const double mean = (upper[x] - lower[x]) * share;
+    const double variance = (upper_square[x] - lower_square[x]) * share - mean * mean;
+    row[x] = static_cast<float>(mean);
+    row[d + x] = static_cast<float>(variance > 0 ? variance : 0);
+  }
 }
 
+// The rows of every branch of at most kPooledBlocks blocks, which the last rounds ask for again and again:
+// [batch, kv_head, k_blocks, blocks of the branch, row].
+inline Scratch pool_short_branches(const Tables& tables, const Sizes& n) {
+  const int64_t row = tables.row(n);
+  Scratch pooled = scratch<float>(n.batch * n.kv_heads * n.k_blocks * kPooledBlocks * row);
+  at::parallel_for(0, n.batch * n.kv_heads * n.k_blocks, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t bg = item / n.k_blocks, start = item % n.k_blocks;
+      for (int64_t size = 1; size <= std::min(kPooledBlocks, n.k_blocks - start); ++size) {
+        pool_branch(tables, n, bg / n.kv_heads, bg % n.kv_heads, {start, start + size},
+                    pooled.as<float>() + (item * kPooledBlocks + size - 1) * row);
+      }
+    }
+  });
+  return pooled;
+}
+
+// The rows of children [first, first + count), into [count, padded to whole vectors][row].
 template <typename T>
-void product_of_children(const Search<T>& f, SearchScratch<T>& s, const float* children, const Scratch& columns,
-                         bool add) {
-  const int64_t count = round_up(s.children.size(), kLanes), d = f.n.head_dim;
-  for (int64_t first = 0; first < count; first += kGemmRows) {
-    f.pooled(std::min(kGemmRows, count - first), s.width, d, children + first * d, d, columns.template as<float>(),
-             s.width, s.logits_of(first), s.width, add);
+void pool_children(const Search<T>& f, const SearchScratch<T>& s, int64_t first, int64_t count, float* rows) {
+  const int64_t size = f.tables.row(f.n), table = (s.batch * f.n.kv_heads + s.kv_head) * f.n.k_blocks;
+  for (int64_t c = 0; c < count; ++c) {
+    const Branch child = s.children[first + c];
+    const int64_t blocks = child.stop - child.start;
+    if (f.tables.short_branches && blocks <= kPooledBlocks) {
+      const float* from = f.tables.short_branches + ((table + child.start) * kPooledBlocks + blocks - 1) * size;
+      std::copy_n(from, size, rows + c * size);
+    } else {
+      pool_branch(f.tables, f.n, s.batch, s.kv_head, child, rows + c * size);
+    }
   }
+  std::fill(rows + count * size, rows + round_up(count, kLanes) * size, 0.0f);
 }
 
 // "mean": the score of the mean key; "mean_var" adds half the variance of the scores under a diagonal covariance.
 template <typename T>
 void mean_logits(const Search<T>& f, SearchScratch<T>& s) {
-  const int64_t count = s.children.size();
-  float *means = s.keys.template as<float>(), *spread = s.spread.template as<float>();
-  pool_children(f, s, means, spread);
-  product_of_children(f, s, means, s.scaled_columns, false);
-  if (f.rule.softcap > 0) {
-    Rule cap = f.rule;
-    cap.scale = 1;  // the rows are scaled already
-    scale_and_cap(cap, s.logits.template as<float>(), count * s.width);
+  const int64_t children = s.children.size(), d = f.n.head_dim, stride = f.tables.row(f.n);
+  float *rows = s.pooled.template as<float>(), *columns = s.scaled_columns.template as<float>();
+  Rule cap = f.rule;
+  cap.scale = 1;  // the rows are scaled already
+  for (int64_t first = 0; first < children; first += kGemmRows) {
+    const int64_t count = std::min(kGemmRows, children - first), padded = round_up(count, kLanes);
+    float* logits = s.logits_of(first);
+    pool_children(f, s, first, count, rows);
+    f.pooled(padded, s.width, d, rows, stride, columns, s.width, logits, s.width, false);
+    if (cap.softcap > 0) scale_and_cap(cap, logits, count * s.width);
+    if (f.tables.squares) {
+      f.pooled(padded, s.width, d, rows + d, stride, columns + d * s.width, s.width, logits, s.width, true);
+    }
   }
-  if (f.tables.squares) product_of_children(f, s, spread, s.square_columns, true);
-  for (int64_t c = 0; c < count; ++c) {
-    const int64_t keys = real_keys(f, s, s.children[c]), last_key = s.children[c].stop * f.n.k_block - 1;
-    const float mass = f.plan.reduce == Vote::max ? 0.0f : std::log(static_cast<float>(keys));
-    float* logits = s.logits_of(c);
-    for (int64_t lane = 0; lane < s.width; lane += kLanes) store(logits + lane, load(logits + lane) + mass);
-    if (!f.hides()) continue;
+  for (int64_t c = 0; c < children; c += kLanes) {
+    Lanes keys{};
+    for (int64_t j = 0; j < kLanes && c + j < children; ++j) keys[j] = real_keys(f, s, s.children[c + j]);
+    const Lanes mass = f.plan.reduce == Vote::max ? Lanes{} : log(keys);
+    for (int64_t j = 0; j < kLanes && c + j < children; ++j) {
+      float* logits = s.logits_of(c + j);
+      for (int64_t lane = 0; lane < s.width; lane += kLanes) store(logits + lane, load(logits + lane) + mass[j]);
+    }
+  }
+  for (int64_t c = 0; f.hides() && c < children; ++c) {
+    const int64_t last_key = s.children[c].stop * f.n.k_block - 1;
+    const bool empty = real_keys(f, s, s.children[c]) <= 0;
     for (int64_t row = 0; row < s.rows; ++row) {
-      if (keys <= 0 || last_key <= s.position[row] - f.rule.window) logits[row] = -kInf;
+      if (empty || last_key <= s.position[row] - f.rule.window) s.logits_of(c)[row] = -kInf;
     }
   }
 }

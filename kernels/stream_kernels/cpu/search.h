@@ -11,6 +11,9 @@
 
 namespace stream_lens {
 
+constexpr int64_t kPooledBlocks = 4;  // longest branch whose pooled keys are kept, not made anew
+constexpr int64_t kGemmRows = 64;     // products of at most this many rows: few shapes for brgemm to compile
+
 enum class Vote { max, mass, peak };
 
 // How the search runs: stream_lens.blocks.config says what each means.
@@ -36,6 +39,9 @@ struct Keys {  // positions first, first + step, …
 struct Tables {
   const double *sums, *squares;  // [batch, kv_head, k_blocks + 1, d]; squares is null unless "mean_var"
   const int32_t* counts;         // [batch, k_blocks + 1]
+  const float* short_branches;   // see pool_short_branches; null where few query blocks would use it
+
+  int64_t row(const Sizes& n) const { return squares ? 2 * n.head_dim : n.head_dim; }
 };
 
 template <typename T>
@@ -66,7 +72,7 @@ struct SearchScratch {
   std::vector<float> score;
   std::vector<uint32_t> order;
   std::vector<uint8_t> seen, survives;
-  Scratch row_copy, scaled_copy, columns, scaled_columns, square_columns, gathered, keys, spread, tile, logits, forced;
+  Scratch row_copy, scaled_copy, columns, scaled_columns, gathered, pooled, tile, logits, forced;
 
   explicit SearchScratch(const Search<T>& f)
       : capacity(round_up(2 * f.plan.oversample * f.n.slots + f.n.slots, kLanes)),
@@ -74,20 +80,23 @@ struct SearchScratch {
         row_copy(scratch<T>(f.n.q_block * f.n.head_dim)),
         scaled_copy(scratch<float>(f.n.q_block * f.n.head_dim)),
         columns(scratch<T>(f.n.head_dim * padded(f))),
-        scaled_columns(scratch<float>(f.n.head_dim * padded(f))),
-        square_columns(scratch<float>(f.n.head_dim * padded(f))),
+        scaled_columns(scratch<float>(2 * f.n.head_dim * padded(f))),
         gathered(scratch<T>(f.n.k_block * f.n.head_dim)),
-        keys(scratch<float>(capacity * f.n.head_dim)),
-        spread(scratch<float>(f.tables.squares ? capacity * f.n.head_dim : 0)),
+        pooled(scratch<float>(f.tables.sums ? kGemmRows * f.tables.row(f.n) : 0)),
         tile(scratch<float>(f.n.k_block * padded(f))),
         logits(scratch<float>(capacity * padded(f))),
         forced(scratch<float>(padded(f))) {}
 
   static int64_t padded(const Search<T>& f) { return round_up((f.n.q_block - 1) / f.plan.query_stride + 1, kLanes); }
+  // What exact keys are multiplied with: float rows are scaled beforehand.
+  const T* exact_rows() const {
+    if constexpr (is_paired<T>) return row_copy.template as<T>();
+    return scaled_copy.template as<T>();
+  }
   float* logits_of(int64_t branch) const { return logits.template as<float>() + branch * width; }
 };
 
-// The voting rows of query block i, as B operands.
+// The voting rows of query block i, as B operands; the scaled ones with half their squares below, for the variances.
 template <typename T>
 void take_rows(const Search<T>& f, SearchScratch<T>& s, int64_t b, int64_t h, int64_t i) {
   const Sizes& n = f.n;
@@ -114,8 +123,8 @@ void take_rows(const Search<T>& f, SearchScratch<T>& s, int64_t b, int64_t h, in
     pack_columns(rows, n.head_dim, s.rows, n.head_dim, s.columns.template as<T>(), s.width);
   }
   if (!f.tables.squares) return;
-  float* squares = s.square_columns.template as<float>();
-  for (int64_t c = 0; c < n.head_dim * s.width; ++c) squares[c] = 0.5f * columns[c] * columns[c];
+  const int64_t size = n.head_dim * s.width;
+  for (int64_t c = 0; c < size; ++c) columns[size + c] = 0.5f * columns[c] * columns[c];
 }
 
 template <typename T>
@@ -240,10 +249,7 @@ void vote(const Search<T>& f, SearchScratch<T>& s, Vote how, int64_t count) {
         part[c] = add ? part[c] + there : larger(part[c], there);
       }
     }
-    transpose_tile(part);
-    Lanes total = part[0];
-    for (int64_t row = 1; row < kLanes; ++row) total = add ? total + part[row] : larger(total, part[row]);
-    store(s.score.data() + first, total);
+    store(s.score.data() + first, fold_rows(part, [&](Lanes a, Lanes b) { return add ? a + b : larger(a, b); }));
   }
   for (int64_t c = 0; c < count; ++c) {
     if (!s.seen[c]) s.score[c] = -kInf;

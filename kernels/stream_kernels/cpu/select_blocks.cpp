@@ -2,11 +2,17 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <array>
+
 #include "operator.h"
+#include "ranking.h"
 #include "representative.h"
 
 namespace stream_lens {
 namespace {
+
+constexpr int64_t kRankedTogether = 32, kRankedBytes = 1 << 20, kSharesPerThread = 8;
+constexpr int64_t kQueryBlocksToPool = 8;  // below, pooling every short branch costs more than it saves
 
 // Halves every branch; a branch of one block is its own only child.
 template <typename T>
@@ -34,23 +40,6 @@ void weigh_forced(const Search<T>& f, SearchScratch<T>& s, Branch sinks, Branch 
   }
 }
 
-// Of single blocks, the `free` best by the exact scores of all their keys.
-template <typename T>
-void rank_exactly(const Search<T>& f, SearchScratch<T>& s, int64_t free) {
-  const int64_t count = s.branches.size();
-  if (count <= free && !f.hides()) return;
-  for (int64_t c = 0; c < count; ++c) {
-    logits_of_keys(f, s, keys_of_block(f, s.branches[c].start), f.plan.rank == Vote::max, s.logits_of(c));
-  }
-  vote(f, s, f.plan.rank, count);
-  keep_best(s, count, free);
-  int64_t kept = 0;
-  for (int64_t c = 0; c < count; ++c) {
-    if (s.survives[c]) s.branches[kept++] = s.branches[c];
-  }
-  s.branches.resize(kept);
-}
-
 // Whether a voting row sees any real key of the block, none of which lies after the rows.
 template <typename T>
 bool is_seen(const Search<T>& f, const SearchScratch<T>& s, int64_t block) {
@@ -64,17 +53,17 @@ bool is_seen(const Search<T>& f, const SearchScratch<T>& s, int64_t block) {
   return std::any_of(s.key_mask + reached, s.key_mask + keys.last() + 1, [](bool real) { return real; });
 }
 
-// The blocks that one query block keeps of its search range, into s.branches.
+// The blocks that one query block keeps of its search range, into s.branches; whether they are yet to be ranked.
 template <typename T>
-void search(const Search<T>& f, SearchScratch<T>& s, Branch sinks, Branch range, Branch local, int64_t free) {
+bool search(const Search<T>& f, SearchScratch<T>& s, Branch sinks, Branch range, Branch local, int64_t free) {
   const int64_t length = range.stop - range.start;
   if (length <= free) {
     for (int64_t block = range.start; block < range.stop; ++block) {
       if (f.plan.rounds == 0 || is_seen(f, s, block)) s.branches.push_back({block, block + 1});
     }
-    return;
+    return false;
   }
-  if (s.rows == 0) return;
+  if (s.rows == 0) return false;
   if (f.plan.needs_forced()) weigh_forced(f, s, sinks, local);
   const int64_t branches = std::min(length, f.plan.oversample * free);
   for (int64_t j = 0; j < branches; ++j) {
@@ -90,27 +79,77 @@ void search(const Search<T>& f, SearchScratch<T>& s, Branch sinks, Branch range,
       if (s.survives[c]) s.branches.push_back(s.children[c]);
     }
   }
-  if (f.plan.oversample > 1) rank_exactly(f, s, free);
+  return f.plan.oversample > 1 && (static_cast<int64_t>(s.branches.size()) > free || f.hides());
 }
 
+// The ranges of one query block: sinks, what is searched, local blocks.
 template <typename T>
-void select(const Search<T>& f, SearchScratch<T>& s, int64_t b, int64_t h, int64_t i) {
-  const Sizes& n = f.n;
-  const int64_t* range = f.ranges + b * n.q_blocks + i;
-  const int64_t step = n.batch * n.q_blocks, item = (b * n.heads + h) * n.q_blocks + i;
-  const Branch sinks{range[0], range[step]}, middle{range[step], range[2 * step]}, local{range[2 * step], range[3 * step]};
-  s.branches.clear();
-  if (middle.start < middle.stop && f.free[item] > 0) {
-    take_rows(f, s, b, h, i);
-    search(f, s, sinks, middle, local, f.free[item]);
-  }
-  int32_t *out = f.out + item * n.slots, *end = out + n.slots;
+std::array<Branch, 3> ranges_of(const Search<T>& f, int64_t b, int64_t i) {
+  const int64_t step = f.n.batch * f.n.q_blocks, *at = f.ranges + b * f.n.q_blocks + i;
+  return {Branch{at[0], at[step]}, Branch{at[step], at[2 * step]}, Branch{at[2 * step], at[3 * step]}};
+}
+
+// Writes what is kept of query block `item` = (batch, head, q_block): s.branches and the forced blocks.
+template <typename T>
+void write_kept(const Search<T>& f, const SearchScratch<T>& s, int64_t item) {
+  const auto [sinks, middle, local] = ranges_of(f, item / f.n.q_blocks / f.n.heads, item % f.n.q_blocks);
+  int32_t *out = f.out + item * f.n.slots, *end = out + f.n.slots;
   for (int64_t block = sinks.start; block < sinks.stop && out < end; ++block) *out++ = block;
   for (const Branch x : s.branches) {
     if (out < end) *out++ = x.start;
   }
   for (int64_t block = local.start; block < local.stop && out < end; ++block) *out++ = block;
   std::fill(out, end, -1);
+}
+
+// Of each query block set aside, the `free` best single blocks by the exact scores of all their keys.
+template <typename T>
+void rank_exactly(const Search<T>& f, SearchScratch<T>& s, Ranking<T>& ranking) {
+  if (ranking.used > 0) score_candidates(f, s, ranking);
+  for (int64_t i = 0; i < ranking.used; ++i) {
+    Candidates& c = ranking.all[i];
+    take_back(s, c);
+    const int64_t count = s.branches.size();
+    vote(f, s, f.plan.rank, count);
+    keep_best(s, count, f.free[c.item]);
+    int64_t kept = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      if (s.survives[j]) s.branches[kept++] = s.branches[j];
+    }
+    s.branches.resize(kept);
+    write_kept(f, s, c.item);
+  }
+  ranking.used = 0;
+}
+
+// A run of query blocks of one kv head: item j is query block j / groups of the group's head j % groups.
+template <typename T>
+void select(const Search<T>& f, SearchScratch<T>& s, Ranking<T>& ranking, int64_t b, int64_t kv_head, Branch items) {
+  for (int64_t j = items.start; j < items.stop; ++j) {
+    const int64_t i = j / f.n.groups(), h = kv_head * f.n.groups() + j % f.n.groups();
+    const int64_t item = (b * f.n.heads + h) * f.n.q_blocks + i;
+    const auto [sinks, middle, local] = ranges_of(f, b, i);
+    s.branches.clear();
+    bool ranked = false;
+    if (middle.start < middle.stop && f.free[item] > 0) {
+      take_rows(f, s, b, h, i);
+      ranked = search(f, s, sinks, middle, local, f.free[item]);
+    }
+    if (ranked) {
+      set_aside(f, s, ranking, item);
+    } else {
+      write_kept(f, s, item);
+    }
+  }
+  rank_exactly(f, s, ranking);
+}
+
+// How many query blocks are ranked together: as many as the second-level cache holds, if every thread has enough to do.
+template <typename T>
+int64_t ranked_together(const Search<T>& f) {
+  const int64_t fit = kRankedBytes / Ranking<T>::bytes_each(f);
+  const int64_t share = f.n.batch * f.n.heads * f.n.q_blocks / (kSharesPerThread * at::get_num_threads());
+  return std::max<int64_t>(1, std::min({kRankedTogether, fit, share}));
 }
 
 // Prefix sums over blocks of real keys, or of their squares: one block's keys in float32, blocks in float64.
@@ -166,13 +205,17 @@ void run_search(const at::Tensor& q, const at::Tensor& k, const Sizes& n, const 
   const Scratch sums = pooled ? prefix_sums(key, n, rule.key_mask, false) : scratch<double>(0);
   const Scratch squares = spread ? prefix_sums(key, n, rule.key_mask, true) : scratch<double>(0);
   const std::vector<int32_t> counts = prefix_counts(n, rule.key_mask);
+  Tables tables{pooled ? sums.as<double>() : nullptr, spread ? squares.as<double>() : nullptr, counts.data(), nullptr};
+  const bool asked_often = pooled && n.groups() * n.q_blocks >= kQueryBlocksToPool;
+  const Scratch short_branches = asked_often ? pool_short_branches(tables, n) : scratch<float>(0);
+  if (asked_often) tables.short_branches = short_branches.as<float>();
   Rule exact_rule = rule;
   if (!is_paired<T>) exact_rule.scale = 1;  // float rows are scaled beforehand
   const Search<T> f{n,
                     rule,
                     exact_rule,
                     plan,
-                    {pooled ? sums.as<double>() : nullptr, spread ? squares.as<double>() : nullptr, counts.data()},
+                    tables,
                     Gemm<T>{has_brgemm<T>()},
                     Gemm<float>{has_brgemm<float>()},
                     Rows<const T>(q),
@@ -180,11 +223,14 @@ void run_search(const at::Tensor& q, const at::Tensor& k, const Sizes& n, const 
                     ranges.const_data_ptr<int64_t>(),
                     free.const_data_ptr<int64_t>(),
                     out.data_ptr<int32_t>()};
-  share_out(n.batch * n.heads * n.q_blocks, [&](const auto& next) {
+  const int64_t together = ranked_together(f), items = n.groups() * n.q_blocks;
+  const int64_t runs = (items + together - 1) / together;
+  share_out(n.batch * n.kv_heads * runs, [&](const auto& next) {
     SearchScratch<T> s(f);
-    for (int64_t item = next(); item >= 0; item = next()) {
-      const int64_t bh = item / n.q_blocks;
-      select(f, s, bh / n.heads, bh % n.heads, item % n.q_blocks);
+    Ranking<T> ranking(f, together);
+    for (int64_t run = next(); run >= 0; run = next()) {
+      const int64_t bg = run / runs, first = run % runs * together;
+      select(f, s, ranking, bg / n.kv_heads, bg % n.kv_heads, {first, std::min(first + together, items)});
     }
     f.exact.release();
     f.pooled.release();

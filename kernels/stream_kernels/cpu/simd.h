@@ -185,6 +185,17 @@ inline void transpose_tile(Lanes* rows) {
   if constexpr (stage * 2 < kLanes) transpose_tile<stage * 2>(rows);
 }
 
+// Lane i of the result: all lanes of rows[i] joined by `join`. Overwrites the rows.
+template <int32_t stage = 1, typename Join>
+inline Lanes fold_rows(Lanes* rows, const Join& join) {
+  for (int32_t i = 0; i < kLanes; i += 2 * stage) {
+    swap_squares<stage>(rows[i], rows[i + stage], std::make_integer_sequence<int32_t, kLanes>{});
+    rows[i] = join(rows[i], rows[i + stage]);
+  }
+  if constexpr (stage * 2 < kLanes) return fold_rows<stage * 2>(rows, join);
+  return rows[0];
+}
+
 // target[col][row] = source[row][col]; target rows are written up to a multiple of kLanes, zeros past `rows`.
 template <typename In, typename Out>
 inline void transpose_into_padded(const In* source, int64_t source_stride, int64_t rows, int64_t cols, Out* target,
