@@ -37,6 +37,7 @@ def minimal_k(result: MinimalK, title: str = "Minimal k") -> go.Figure:
             mode="markers",
             name=name,
             marker={"color": COLOURS[colour], "symbol": symbol, "size": 10},
+            cliponaxis=False,
             customdata=part[["matched", "logit_difference"]].to_numpy(),
             hovertemplate="k = %{x}: KL %{y:.3g} nats<br>%{customdata[0]} tokens kept, logit difference "
             "%{customdata[1]:.3g}<extra></extra>",

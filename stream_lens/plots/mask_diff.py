@@ -38,13 +38,14 @@ def _heads(result: MaskDiff, title: str) -> go.Figure:
     for column, name in enumerate(shown, 1):
         grid = frame.pivot(index="layer", columns="head", values=name)
         counts = name != "moved"
+        highest = most if counts else float(np.nanmax(grid.to_numpy())) or 1.0
         figure.add_heatmap(
             z=grid.to_numpy(),
             x=grid.columns,
             y=[str(layer) for layer in grid.index],
             colorscale=SCALE,
             zmin=0,
-            zmax=most if counts else None,
+            zmax=highest,
             colorbar=_bar("cells" if counts else "moved share", 0.0 if counts else 1.0),
             showscale=name in ("removed", "moved"),
             hovertemplate="layer %{y}, head %{x}: %{z:.3g}<extra>" + shown[name] + "</extra>",

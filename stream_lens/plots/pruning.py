@@ -28,7 +28,7 @@ def pruning(result: PrunedEdges, title: str = "Blocks that keep the metric") -> 
         marker={"color": COLOURS["grey"], "symbol": "x", "size": 9},
     )
     figure.add_hline(y=result.threshold, line={"color": COLOURS["black"], "dash": "dot", "width": 1})
-    figure.update_xaxes(title_text=f"blocks kept, of {result.all_edges:,}", type="log")
+    figure.update_xaxes(title_text=f"blocks kept, of {result.all_edges:,}", type="log", dtick="D2")
     figure.update_yaxes(title_text="share of the metric recovered")
     share = f"{result.edges:,} blocks recover {result.faithfulness:.0%}"
     return styled(figure, f"{title}: {share}")

@@ -236,6 +236,7 @@ def test_retrieval_shows_every_head_and_how_many_answers() -> None:
     figure = plots.retrieval(result)
     np.testing.assert_array_equal(figure.data[0].z, result.scores)
     assert list(figure.data[0].y) == [5, 11]
+    assert (figure.data[0].zmin, figure.data[0].zmax) == (0, result.scores.max())
     assert "3 of 4 cases answered" in figure.layout.title.text
 
 
