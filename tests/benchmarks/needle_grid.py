@@ -41,9 +41,10 @@ LONG_WAYS = {
     FRACTION_SCHEDULE: (0.02, 0.05),
     "exhaustive": (0.05,),
     "window_sinks": (0.05,),
+    "random": (0.05,),
 }
-"""What is run beyond 4,000 tokens, where a case takes minutes."""
-BEYOND = 4000
+"""What is run beyond 2,000 tokens, where a case takes minutes."""
+BEYOND = 2000
 
 
 def cells(lengths: tuple[int, ...], once: tuple[int, ...], cases: int) -> list[dict[str, Any]]:
