@@ -12,6 +12,7 @@ from stream_lens.circuits.mask_diff import MaskDiff
 from stream_lens.plots.theme import DIVERGING, SCALE, panel_grid, styled
 
 LARGEST_SIDE = 512
+_CHANGES = [DIVERGING[0], [0.5, "#D4D4D4"], DIVERGING[-1]]  # a grey that stands out from cells that neither keeps
 
 
 def mask_diff(result: MaskDiff, head: tuple[int, int] | None = None, title: str = "Success − failure") -> go.Figure:
@@ -32,7 +33,7 @@ def _heads(result: MaskDiff, title: str) -> go.Figure:
         [f"{label}<br>{control}" for label, control in zip(shown.values(), controls, strict=True)],
         len(shown),
         max(240, 22 * frame["layer"].nunique()),
-        side_gap=0.4 / max(len(shown), 1) / 3,
+        side_gap=0.09,  # room for a scale between panels
     )
     most = float(frame[["added", "removed"]].max().max()) or 1.0
     for column, name in enumerate(shown, 1):
@@ -54,11 +55,15 @@ def _heads(result: MaskDiff, title: str) -> go.Figure:
         )
     _place_bars(figure, list(shown))
     figure.update_xaxes(title_text="head", showgrid=False, dtick=1 if frame["head"].nunique() <= 20 else None)
-    figure.update_yaxes(type="category", showgrid=False)
-    figure.update_yaxes(title_text="layer", row=1, col=1)
-    pairs = f"mean over {result.pairs} pair{'s' * (result.pairs != 1)}, by {result.by}"
+    figure.update_yaxes(type="category", showgrid=False, showticklabels=False)
+    figure.update_yaxes(title_text="layer", showticklabels=True, row=1, col=1)
+    pairs = f"mean over {_pairs(result)}, by {result.by}"
     styled(figure, f"{title}: kept cells by head<br><sup>{pairs}; control: random pairs of one group</sup>")
     return figure.update_layout(margin={"t": 130, "r": 90}, height=figure.layout.height + 30)
+
+
+def _pairs(result: MaskDiff) -> str:
+    return f"{result.pairs} pair{'s' * (result.pairs != 1)}"
 
 
 def _bar(text: str, x: float) -> dict[str, object]:
@@ -103,7 +108,7 @@ def _one(result: MaskDiff, head: tuple[int, int], title: str) -> go.Figure:
             y=np.arange(shape[0]) * each,
             zmin=-1,
             zmax=1,
-            colorscale=DIVERGING,
+            colorscale=_CHANGES,
             customdata=np.stack([added, removed, both], -1),
             text=names,
             hoverongaps=False,
@@ -120,5 +125,5 @@ def _one(result: MaskDiff, head: tuple[int, int], title: str) -> go.Figure:
     figure.update_xaxes(title_text=f"key {result.by}")
     figure.update_yaxes(title_text=f"query {result.by}", autorange="reversed")
     figure.update_layout(plot_bgcolor="white")
-    subtitle = f"blue: success alone, red: failure alone, pale: both; {result.pairs} pairs"
+    subtitle = f"blue: success alone, red: failure alone, grey: both; {_pairs(result)}"
     return styled(figure, f"{title}: layer {head[0]}, head {head[1]}<br><sup>{subtitle}</sup>", height=620)
