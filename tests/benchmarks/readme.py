@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +42,93 @@ def _where(result: dict[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}"
 
 
-def _run_with_cache(result: dict[str, Any]) -> str:
-    lines = [
-        f"`run_with_cache`, sparse against dense TransformerLens in one process ({_where(result)}):",
-        "",
-        "| model | T | k | sparse | dense | times faster | peak sparse | peak dense | times less memory |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['model']} | {row['T']:,} | {row['k']} | {row['sparse_s']:.2f} s | {row['dense_s']:.2f} s | "
-        f"{row['times_faster']:.1f} | {row['sparse_peak_mb']:,.0f} MB | {row['dense_peak_mb']:,.0f} MB | "
-        f"{row['times_less_memory']:.1f} |"
-        for row in result["rows"]
-    ]
+def _table(title: str, result: dict[str, Any], columns: dict[str, Callable[[dict[str, Any]], str]]) -> str:
+    """A title with the machine, and one line a row; `columns` are headings and what stands under them."""
+    lines = [f"{title} ({_where(result)}):", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in result["rows"]]
     return "\n".join(lines)
 
 
-_TABLES = {"run_with_cache": _run_with_cache}
+def _number(field: str, form: str = ".1f", unit: str = "") -> Callable[[dict[str, Any]], str]:
+    """The field's value, or a dash where it was not measured."""
+    return lambda row: "–" if row.get(field) is None else f"{row[field]:{form}}{unit}"
+
+
+def _run_with_cache(result: dict[str, Any]) -> str:
+    return _table(
+        "`run_with_cache`, sparse against dense TransformerLens in one process",
+        result,
+        {
+            "model": _number("model", ""),
+            "T": _number("T", ","),
+            "k": _number("k", ""),
+            "sparse": _number("sparse_s", ".2f", " s"),
+            "dense": _number("dense_s", ".2f", " s"),
+            "times faster": _number("times_faster"),
+            "peak sparse": _number("sparse_peak_mb", ",.0f", " MB"),
+            "peak dense": _number("dense_peak_mb", ",.0f", " MB"),
+            "times less memory": _number("times_less_memory"),
+        },
+    )
+
+
+def _attention(result: dict[str, Any]) -> str:
+    shown = [row for row in result["rows"] if row["dtype"] == "float32" and 4096 <= row["tokens"] <= 32768]
+    return _table(
+        f"Attention of one layer, float32, blocks of {shown[0]['block']}, at least 95% of the causal half pruned: times "
+        "faster than dense `scaled_dot_product_attention`",
+        {**result, "rows": shown},
+        {
+            "heads / key heads × d_head": _number("shape", ""),
+            "T": _number("tokens", ","),
+            "k": _number("k", ""),
+            "mask given": _number("times_cpp"),
+            "selection included": _number("times_cpp_with_selection"),
+            "plain torch path, mask given": _number("times_torch"),
+            "compiled flex_attention, same mask": _number("times_flex"),
+        },
+    )
+
+
+def _scaling(result: dict[str, Any]) -> str:
+    slopes = {
+        f"{row['kind']}, {row['shape']}": f"time {row['total_ms']:.2f}, memory {row['total_mib']:.2f}"
+        for row in result["slopes"]
+        if row["total_ms"] is not None and row["kind"] == "fixed k"
+    }
+    longest = max(result["rows"], key=lambda row: row["tokens"])
+    return (
+        f"Growth with T of selection and attention, {min(r['tokens'] for r in result['rows']):,} tokens and more, as the "
+        f"exponent of T (1 is linear; {_where(result)}): "
+        + "; ".join(f"{name}: {value}" for name, value in slopes.items())
+        + f". The longest, {longest['tokens']:,} tokens of {longest['shape']}: {longest['total_ms'] / 1e3:.0f} s and "
+        f"{longest['total_mib'] / 1024:.1f} GiB, inputs included."
+    )
+
+
+def _whole_model(result: dict[str, Any]) -> str:
+    return _table(
+        "A whole forward of Gemma 3 270M with every layer's masks cached, against transformers with SDPA and no masks",
+        result,
+        {
+            "T": _number("T", ","),
+            "k": _number("k", ""),
+            "pruned of the global layers": _number("pruned_global", ".1%"),
+            "sparse": _number("sparse_s", ".1f", " s"),
+            "SDPA": _number("dense_s", ".1f", " s"),
+            "times faster": _number("times_faster", ".2f"),
+            "masks": _number("masks_mb", ".1f", " MB"),
+        },
+    )
+
+
+_TABLES = {
+    "run_with_cache": _run_with_cache,
+    "attention": _attention,
+    "attention_b32": _attention,
+    "scaling": _scaling,
+    "whole_model": _whole_model,
+}
 
 
 def filled(text: str) -> str:
