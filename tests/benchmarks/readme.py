@@ -75,8 +75,8 @@ def _run_with_cache(result: dict[str, Any]) -> str:
 def _attention(result: dict[str, Any]) -> str:
     shown = [row for row in result["rows"] if row["dtype"] == "float32" and 4096 <= row["tokens"] <= 32768]
     return _table(
-        f"Attention of one layer, float32, blocks of {shown[0]['block']}, at least 95% of the causal half pruned: times "
-        "faster than dense `scaled_dot_product_attention`",
+        f"Attention of one layer, float32, blocks of {shown[0]['block']}, at least 95% of the causal half pruned: "
+        "times faster than dense `scaled_dot_product_attention`",
         {**result, "rows": shown},
         {
             "heads / key heads × d_head": _number("shape", ""),
@@ -98,8 +98,8 @@ def _scaling(result: dict[str, Any]) -> str:
     }
     longest = max(result["rows"], key=lambda row: row["tokens"])
     return (
-        f"Growth with T of selection and attention, {min(r['tokens'] for r in result['rows']):,} tokens and more, as the "
-        f"exponent of T (1 is linear; {_where(result)}): "
+        f"Growth with T of selection and attention, {min(r['tokens'] for r in result['rows']):,} tokens and more, as "
+        f"the exponent of T (1 is linear; {_where(result)}): "
         + "; ".join(f"{name}: {value}" for name, value in slopes.items())
         + f". The longest, {longest['tokens']:,} tokens of {longest['shape']}: {longest['total_ms'] / 1e3:.0f} s and "
         f"{longest['total_mib'] / 1024:.1f} GiB, inputs included."
