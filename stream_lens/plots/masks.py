@@ -64,6 +64,8 @@ def mask_figure(
 ) -> go.Figure:
     """A picture with one panel for each (name, mask, block mass, head).
 
+    All panels together have at most twice the cells of one of `LARGEST_SIDE`, so that a page of many stays light.
+
     Args:
         panels: what to draw; the mass may be None.
         title: says model, T, k and pruned share.
@@ -75,9 +77,10 @@ def mask_figure(
         raise ValueError("give at least one panel to draw.")
     figure = panel_grid([name for name, *_ in panels], columns, panel_height)
     columns = min(columns, len(panels))
+    largest = min(LARGEST_SIDE, int(LARGEST_SIDE * (2 / len(panels)) ** 0.5))
     for number, (_, mask, mass, head) in enumerate(panels):
         row, column = number // columns + 1, number % columns + 1
-        figure.add_trace(_heatmap(mask, mass, head, show_scale=number == 0), row=row, col=column)
+        figure.add_trace(_heatmap(mask, mass, head, largest, show_scale=number == 0), row=row, col=column)
         _mark_spans(figure, mask, spans or {}, row, column)
         figure.update_xaxes(title_text="key token", range=[0, mask.kv_len], row=row, col=column)
         figure.update_yaxes(
@@ -117,8 +120,8 @@ def config_text(config: StreamConfig | None) -> str:
     return f"k = {config.k}, {blocks}" if isinstance(config.k, int) else f"{config.k}, {blocks}"
 
 
-def _heatmap(mask: BlockMask, mass: Tensor | None, head: int, *, show_scale: bool) -> go.Heatmap:
-    image, row_tokens, column_tokens = mask_image(mask, mass, head=head)
+def _heatmap(mask: BlockMask, mass: Tensor | None, head: int, largest: int, *, show_scale: bool) -> go.Heatmap:
+    image, row_tokens, column_tokens = mask_image(mask, mass, head=head, largest=largest)
     what = "share of a row" if mass is not None else "share of blocks kept"
     axis = share_axis(what)
     return go.Heatmap(

@@ -66,6 +66,13 @@ def test_a_mask_of_100k_tokens_opens_in_under_three_seconds(tmp_path: Path) -> N
     assert min(seconds) < LIMIT_S
 
 
+def test_many_panels_weigh_about_as_much_as_one() -> None:
+    mask, mass = random_mask()
+    for count in (1, 2, 4, 9):
+        figure = mask_figure([(str(n), mask, mass, 0) for n in range(count)], "panels")
+        assert sum(trace.z.size for trace in figure.data) <= 2 * 512**2
+
+
 @pytest.mark.parametrize("largest", [512, 100])
 def test_the_page_does_not_grow_with_the_text(largest: int) -> None:
     mask, mass = random_mask()
