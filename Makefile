@@ -34,12 +34,13 @@ format: $(INSTALLED) ## let ruff put the imports and the layout right
 	$(BIN)/ruff check --fix-only --select I .
 	$(BIN)/ruff format .
 
-gpu-check: $(INSTALLED) ## on a machine with a GPU: compile the kernels and hold them to the reference there
+gpu-check: $(INSTALLED) ## on a machine with a GPU: hold the kernels to the reference there, then time them
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no GPU here: run make gpu-check on a machine with one; make test runs the kernels in the interpreter.")'
-	$(BIN)/python -m pytest -q tests/ops $(ARGS)
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q tests/ops $(ARGS)
+	env -u TRITON_INTERPRET PYTHONPATH=. $(BIN)/python -m tests.benchmarks.gpu
 
 bench: $(INSTALLED) ## run the benchmarks, one after another
-	@for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+	@for script in $(filter-out tests/benchmarks/gpu.py,$(wildcard tests/benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
