@@ -80,8 +80,11 @@ def compile_constants(
     # AMD's programs of eight warps have half the registers a thread of those of four; NVIDIA's have as many.
     heavy = representative == "mean_var" or lanes * rows > 2048
     num_warps = 8 if branches > 256 or (heavy and not architecture.startswith("gfx")) else 4
+    key_chunk = 32 if dtype == torch.float32 else 64
+    if representative == "mean_var" and lanes * rows > 2048 and not architecture.startswith("gfx"):
+        key_chunk = SMALLEST_DOT  # 128 keys by 32 rows: more spills on sm_80 and sm_100
     return {
-        "KEY_CHUNK": min(max(SMALLEST_DOT, _power_of_two(d_head)), 32 if dtype == torch.float32 else 64),
+        "KEY_CHUNK": min(max(SMALLEST_DOT, _power_of_two(d_head)), key_chunk),
         "MEAN_CHUNK": SMALLEST_DOT,
         "Q_BLOCK": q_block,
         "K_BLOCK": k_block,
