@@ -11,7 +11,7 @@
 namespace stream_lens {
 namespace {
 
-constexpr int64_t kRankedTogether = 32, kRankedBytes = 1 << 20, kSharesPerThread = 8;
+constexpr int64_t kRankedTogether = 64, kRankedBytes = 5 << 18, kSharesPerThread = 8;
 constexpr int64_t kQueryBlocksToPool = 8;  // below, pooling every short branch costs more than it saves
 
 // Halves every branch; a branch of one block is its own only child.
