@@ -8,9 +8,12 @@ import sys
 import typer
 from rich.console import Console
 
-from stream_lens.cli.circuits import diff_command, minimal_k_command, receivers_command, routes_command
+from stream_lens.cli.diff import diff_command
 from stream_lens.cli.doctor import doctor_command
+from stream_lens.cli.minimal_k import minimal_k_command
 from stream_lens.cli.needle import needle_command
+from stream_lens.cli.receivers import receivers_command
+from stream_lens.cli.routes import routes_command
 from stream_lens.cli.trace import trace_command
 
 app = typer.Typer(

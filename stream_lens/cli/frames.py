@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,35 @@ def print_frame(console: Console, title: str, frame: pd.DataFrame, *, rows: int 
     """The first rows of a table; floats with three digits."""
     table = Table(title=title, title_justify="left")
     for name in frame.columns:
-        table.add_column(str(name), justify="right", overflow="fold")
+        justify = "left" if str(name).endswith("answer") else "right"
+        table.add_column(str(name).replace("_", "\n"), justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in frame.head(rows).itertuples(index=False):
         table.add_row(*(_cell(value) for value in row))
     console.print(table)
     if len(frame) > rows:
         console.print(f"… {len(frame) - rows} rows more in the file", style="dim")
+
+
+def show(
+    console: Console, title: str, frame: pd.DataFrame, out: Path, name: str, *, hidden: Sequence[str] = ()
+) -> None:
+    """Print a table but for its hidden and empty columns, and write all of it to `name`.csv in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(out / f"{name}.csv", index=False)
+    print_frame(console, title, frame.drop(columns=list(hidden)).dropna(axis="columns", how="all"))
+
+
+def title_of(caches: Sequence[Any], model: str | None = None) -> str:
+    """Model, T, what was kept and the pruned share of runs, for a table's title."""
+    from stream_lens.circuits.reruns import pruned
+    from stream_lens.plots.masks import config_text
+
+    info = caches[0].info
+    lengths = sorted({mask.kv_len for cache in caches for mask in cache.masks().values()})
+    tokens = "–".join(str(length) for length in dict.fromkeys((lengths[0], lengths[-1])))
+    choices = "" if info.config is None else f", {info.config.selector}, {config_text(info.config)}"
+    share = pruned(caches)["pruned_causal"]
+    return f"{model or info.model_name}, T = {tokens}{choices}, {share:.1%} of the causal half pruned"
 
 
 def write_result(console: Console, result: Any, out: Path, name: str, *, plot: Any = None) -> None:
@@ -36,6 +60,8 @@ def write_result(console: Console, result: Any, out: Path, name: str, *, plot: A
 
 
 def _cell(value: Any) -> str:
+    if value is pd.NA or (isinstance(value, float) and pd.isna(value)):
+        return ""
     if isinstance(value, float):
-        return "" if pd.isna(value) else f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)

@@ -31,6 +31,21 @@ Layers = Annotated[
 ]
 Selector = Annotated[str, typer.Option(help=f"How blocks are chosen: {', '.join(SELECTORS)}.")]
 Out = Annotated[Path, typer.Option(help="Folder for pictures and tables; made if it is not there.")]
+Depth = Annotated[float, typer.Option(help="Where the needle lies: 0 first, 1 last.", min=0, max=1)]
+Seed = Annotated[int, typer.Option(help="Which needle.")]
+Text = Annotated[
+    Path | None,
+    typer.Option(help="A text file of your own. Default: a needle text of --tokens (RULER).", show_default=False),
+]
+Tokens = Annotated[int, typer.Option(help="Length of the needle text, in tokens.", min=128)]
+Controls = Annotated[
+    bool,
+    typer.Option(help="Also run exhaustive, window_sinks and random at the same budget, and the dense model."),
+]
+CacheModel = Annotated[
+    str | None, typer.Option(help="Model to run the controls with. Default: the caches'.", show_default=False)
+]
+AnswerTokens = Annotated[int, typer.Option(help="Tokens of each greedy answer beside the controls.", min=0)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads for torch; default: torch's own choice.", min=1)]
 
 

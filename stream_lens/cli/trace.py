@@ -151,6 +151,9 @@ def _print_answers(console: Console, result: Any) -> None:
             verdict = "" if result.dense_answer is None or name == "dense" else str(answer == result.dense_answer)
         table.add_row(name, repr(answer), verdict, f"{result.seconds[f'{name} answer']:.1f}")
     console.print(table)
+    if result.spans:
+        places = ", ".join(f"{name} {start}:{stop}" for name, (start, stop) in result.spans.items())
+        console.print(f"Tokens of the spans (for routes --source): {places}", highlight=False)
 
 
 def _print_layers(console: Console, result: Any) -> None:

@@ -11,11 +11,9 @@ import pandas as pd
 
 from stream_lens.backend import SparsePattern, install
 from stream_lens.blocks import FractionOfPrefix, StreamConfig
+from stream_lens.circuits.reruns import CONTROLS, DENSE
 from stream_lens.tasks.answering import answer
 from stream_lens.tasks.needle import needle_case, score
-
-DENSE = "dense"
-CONTROLS = ("exhaustive", "window_sinks", "random")
 
 
 def needle_cells(
