@@ -41,6 +41,12 @@ class AblationCheck:
         """The table."""
         return self.table
 
+    def plot(self, **options: Any) -> Any:
+        """`stream_lens.plots.ablation_check` of this result."""
+        from stream_lens import plots
+
+        return plots.ablation_check(self, **options)
+
     def to_json(self) -> str:
         """All of it as a JSON object; NaN is null."""
         return json_of(self)

@@ -1,5 +1,6 @@
 """Pictures, in plotly. Every function gives a Figure; `write_html` makes one page of it."""
 
+from stream_lens.plots.ablation_check import ablation_check
 from stream_lens.plots.budgets import ablation, attribution, minimal_k
 from stream_lens.plots.head_grid import head_grid
 from stream_lens.plots.heads import kurtosis, thought_anchors, vertical_scores
@@ -17,6 +18,7 @@ from stream_lens.plots.theme import write_html
 
 __all__ = [
     "ablation",
+    "ablation_check",
     "attribution",
     "four_panels",
     "head_grid",
