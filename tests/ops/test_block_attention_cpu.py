@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,30 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stream_kernels.block_attention.reference import block_attention_reference, visible_reference
 from stream_kernels.cpu import build, cpu_available, cpu_block_attention_backward, cpu_block_attention_forward
-from stream_kernels.rule import ScoreRule
+from tests.ops.attention_cases import (
+    Case,
+    assert_as_close_as_eager,
+    assert_forward_is_the_references,
+    make_case,
+)
 
 needs_operator = pytest.mark.skipif(not cpu_available()[0], reason=cpu_available()[1])
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of the operator, and what its gradients start from."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    indices: Tensor
-    rule: ScoreRule
-    q_block: int
-    k_block: int
-    gate: Tensor | None
-    grad_out: Tensor
-
-    @property
-    def blocks(self) -> dict:
-        return {"q_block": self.q_block, "k_block": self.k_block, "gate": self.gate}
 
 
 @pytest.fixture(autouse=True)
@@ -49,149 +35,25 @@ def _nan_poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def make_case(
-    *,
-    batch: int = 1,
-    kv_heads: int = 1,
-    groups: int = 2,
-    query_len: int = 50,
-    past: int = 0,
-    d_head: int = 16,
-    q_block: int = 16,
-    k_block: int = 16,
-    k: int = 3,
-    window: int | None = None,
-    softcap: float | None = None,
-    padding: bool = False,
-    sinks: bool = False,
-    gate: bool = False,
-    strided: bool = False,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Case:
-    """Random tensors and random kept blocks, with empty slots anywhere; ``strided``: [batch, row, head, d] memory."""
-    random = torch.Generator().manual_seed(seed)
-    heads, key_len = kv_heads * groups, past + query_len
-
-    def rows(head: int, length: int) -> Tensor:
-        if strided:
-            return torch.randn(batch, length, head, d_head, generator=random).to(dtype).transpose(1, 2)
-        return torch.randn(batch, head, length, d_head, generator=random).to(dtype)
-
-    q_blocks, k_blocks = -(-query_len // q_block), -(-key_len // k_block)
-    drawn = torch.rand(batch, heads, q_blocks, k_blocks + k, generator=random).argsort(-1)[..., :k]
-    indices = torch.where(drawn < k_blocks, drawn, -1).int()
-    rule = ScoreRule(
-        d_head**-0.5,
-        offset=past,
-        window=window,
-        softcap=softcap,
-        key_mask=torch.rand(batch, key_len, generator=random) > 0.3 if padding else None,
-        sinks=torch.randn(heads, generator=random) if sinks else None,
-    )
-    gates = 2 * torch.rand(indices.shape, generator=random) - 0.5 if gate else None
-    q, key, v, grad_out = (
-        rows(heads, query_len),
-        rows(kv_heads, key_len),
-        rows(kv_heads, key_len),
-        rows(heads, query_len),
-    )
-    return Case(q, key, v, indices, rule, q_block, k_block, gates, grad_out)
-
-
-def dense_pattern(case: Case, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense probabilities [batch, head, query, key] under the block mask, and kept blocks one-hot [.., k, k_blocks]."""
-    rule, groups = case.rule, q.shape[1] // k.shape[1]
-    scores = rule.scale * (q @ k.repeat_interleave(groups, 1).transpose(-1, -2))
-    if rule.softcap is not None:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    k_blocks = -(-k.shape[2] // case.k_block)
-    kept = torch.nn.functional.one_hot(case.indices.long() + 1, k_blocks + 1)[..., 1:].to(q.dtype)
-    visible = visible_reference(rule, q.shape[0], q.shape[2], k.shape[2])[:, None] & (of_pairs(case, kept.sum(-2)) > 0)
-    sinks = torch.full((q.shape[1],), -1e30) if rule.sinks is None else rule.sinks
-    sink_column = sinks.to(q.dtype)[None, :, None, None].expand(q.shape[0], -1, q.shape[2], 1)
-    with_sink = torch.cat([scores.masked_fill(~visible, -1e30), sink_column], -1)
-    return with_sink.softmax(-1)[..., :-1] * visible, kept
-
-
-def of_pairs(case: Case, blocks: Tensor) -> Tensor:
-    """[batch, head, q_blocks, k_blocks] to [batch, head, query, key]."""
-    rows = blocks.repeat_interleave(case.q_block, 2)[:, :, : case.q.shape[2]]
-    return rows.repeat_interleave(case.k_block, 3)[..., : case.k.shape[2]]
-
-
-def eager(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Dense attention under the block mask, and its gradients by autograd, in ``dtype``."""
-    q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in (case.q, case.k, case.v))
-    gate = (torch.ones(case.indices.shape) if case.gate is None else case.gate).to(dtype, copy=True).requires_grad_()
-    pattern, kept = dense_pattern(case, q, k)
-    gated = pattern * of_pairs(case, torch.einsum("bhqk,bhqkn->bhqn", gate, kept))
-    out = gated @ v.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    dq, dk, dv, dgate = torch.autograd.grad(out, (q, k, v, gate), case.grad_out.to(dtype))
-    return {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv, "dgate": dgate}
-
-
-def sizes_before_cancelling(case: Case) -> dict[str, float]:
-    """The largest sum of absolute terms behind each result: rounding shows against these, not against a difference.
-
-    Where one key takes all, for example, dq is a difference of equal numbers, and 0.
-    """
-    q, k, v, grad = (x.double().abs() for x in (case.q, case.k, case.v, case.grad_out))
-    batch, kv_heads, key_len, d_head = k.shape
-    groups = q.shape[1] // kv_heads
-    pattern, kept = dense_pattern(case, case.q.double(), case.k.double())
-    gate = torch.ones(case.indices.shape).double() if case.gate is None else case.gate.double().abs()
-    gated = pattern * of_pairs(case, torch.einsum("bhqk,bhqkn->bhqn", gate, kept))
-    grad_pattern = grad @ v.repeat_interleave(groups, 1).transpose(-1, -2)
-    grad_scores = gated * grad_pattern + pattern * (gated * grad_pattern).sum(-1, keepdim=True)
-    grad_scores = case.rule.scale * grad_scores
-
-    def of_keys(x: Tensor) -> Tensor:
-        return x.view(batch, kv_heads, groups, key_len, d_head).sum(2)
-
-    results = {
-        "out": gated @ v.repeat_interleave(groups, 1),
-        "dq": grad_scores @ k.repeat_interleave(groups, 1),
-        "dk": of_keys(grad_scores.transpose(-1, -2) @ q),
-        "dv": of_keys(gated.transpose(-1, -2) @ grad),
-        "dgate": (pattern * grad_pattern).sum((-1, -2)),
-    }
-    return {name: float(x.max()) for name, x in results.items()}
-
-
-def assert_as_close_as_eager(case: Case, ours: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
-    """10 × eager's error in float32, 1.1 × in bfloat16, plus two roundings of the terms (weights, then out)."""
-    low, sizes = eager(case, case.q.dtype), sizes_before_cancelling(case)
-    fudge, step = (10, 2e-7) if case.q.dtype == torch.float32 else (1.1, 2**-8)
-    for name, exact in truth.items():
-        assert ours[name].isfinite().all(), f"{name}: not finite, or never written"
-        error, allowed = (ours[name].double() - exact).abs().max(), (low[name].double() - exact).abs().max()
-        bound = fudge * allowed + step * sizes[name]
-        assert error <= bound, f"{name}: error {error}, eager's {allowed}, allowed {bound}"
+def case_of(*, strided: bool = False, **choices: Any) -> Case:
+    """A problem with grouped heads; its tensors lie in strided memory between NaN, or are contiguous."""
+    case = make_case(**{"groups": 2, "query_len": 50, "k": 3, **choices})
+    if strided:
+        return case
+    return replace(case, **{name: getattr(case, name).contiguous() for name in ("q", "k", "v", "grad_out")})
 
 
 def check(case: Case) -> None:
     """Forward against the reference, backward against float64 autograd."""
-    dtype = case.q.dtype
     out, logsumexp, mass = cpu_block_attention_forward(case.q, case.k, case.v, case.indices, case.rule, **case.blocks)
-    true_out, true_logsumexp, true_mass = block_attention_reference(
-        case.q, case.k, case.v, case.indices, case.rule, **case.blocks
-    )
-    assert out.dtype == dtype
-    assert logsumexp.dtype == mass.dtype == torch.float32
-    assert not logsumexp.isnan().any()
-    torch.testing.assert_close(logsumexp.double(), true_logsumexp, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mass.double(), true_mass, rtol=1e-5, atol=1e-5)
-    assert (mass[case.indices < 0] == 0).all()
-    assert (out[logsumexp == -torch.inf] == 0).all()
-
+    truth = assert_forward_is_the_references(case, out, logsumexp, mass)
     grads = cpu_block_attention_backward(
         case.q, case.k, case.v, case.indices, case.rule, logsumexp, out, case.grad_out, **case.blocks
     )
-    assert [x.dtype for x in grads] == [dtype, dtype, dtype, torch.float32]
-    truth = eager(case, torch.float64)
-    torch.testing.assert_close(truth["out"], true_out)
-    assert_as_close_as_eager(case, dict(zip(truth, (out, *grads), strict=True)), truth)
+    assert [x.dtype for x in grads] == [*[case.q.dtype] * 3, torch.float32]
+    # Scores, weights and sums of blocks are each rounded to float32 on the way.
+    roundings = 4 if case.q.dtype == torch.float32 else 1
+    assert_as_close_as_eager(case, dict(zip(truth, (out, *grads), strict=True)), truth, roundings=roundings)
 
 
 @needs_operator
@@ -220,21 +82,21 @@ def check(case: Case) -> None:
     )
 )
 def test_random_shapes(arguments: dict) -> None:
-    check(make_case(**arguments))
+    check(case_of(**arguments))
 
 
 @needs_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("d_head", "block"), [(64, 32), (96, 16), (128, 64), (256, 32)])
 def test_head_dims_in_use(d_head: int, block: int, dtype: torch.dtype) -> None:
-    check(make_case(query_len=150, d_head=d_head, q_block=block, k_block=block, dtype=dtype))
+    check(case_of(query_len=150, d_head=d_head, q_block=block, k_block=block, dtype=dtype))
 
 
 @needs_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_blocks_than_one_chunk_of_scores(dtype: torch.dtype) -> None:
     """Chunks meet through a running maximum: scores that grow along the keys make every chunk raise it."""
-    case = make_case(
+    case = case_of(
         query_len=150, past=900, d_head=32, q_block=128, k_block=64, k=17, gate=True, sinks=True, dtype=dtype
     )
     louder = case.k * torch.linspace(0.1, 4, 1050)[:, None].to(dtype)
@@ -245,13 +107,13 @@ def test_more_blocks_than_one_chunk_of_scores(dtype: torch.dtype) -> None:
 
 @needs_operator
 def test_scores_too_large_for_exp_without_a_maximum() -> None:
-    case = make_case(query_len=40)
+    case = case_of(query_len=40)
     check(replace(case, q=case.q * 30, k=case.k * 30))
 
 
 @needs_operator
 def test_rows_without_keys_give_zero_and_no_gradient() -> None:
-    case = make_case(query_len=20, k=2)
+    case = case_of(query_len=20, k=2)
     case = replace(case, indices=torch.full_like(case.indices, -1))
     out, logsumexp, mass = cpu_block_attention_forward(case.q, case.k, case.v, case.indices, case.rule, **case.blocks)
     assert (out == 0).all()
@@ -266,7 +128,7 @@ def test_rows_without_keys_give_zero_and_no_gradient() -> None:
 @needs_operator
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_thread_count_changes_no_forward_bit(threads: int) -> None:
-    case = make_case(batch=2, query_len=70, gate=True)
+    case = case_of(batch=2, query_len=70, gate=True)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -284,12 +146,12 @@ def test_thread_count_changes_no_forward_bit(threads: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_brgemm_the_plain_loop_serves(dtype: torch.dtype) -> None:
     with torch.backends.mkldnn.flags(enabled=False):
-        check(make_case(query_len=70, d_head=20, k_block=24, gate=True, dtype=dtype))
+        check(case_of(query_len=70, d_head=20, k_block=24, gate=True, dtype=dtype))
 
 
 @needs_operator
 def test_compiles_as_one_graph() -> None:
-    case = make_case(gate=True)
+    case = case_of(gate=True)
 
     def call(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
         out, logsumexp, mass = cpu_block_attention_forward(q, k, v, indices, case.rule, **case.blocks)
@@ -303,7 +165,7 @@ def test_compiles_as_one_graph() -> None:
 
 @needs_operator
 def test_schema_and_fake_kernels_tell_the_truth() -> None:
-    case = make_case(strided=True)
+    case = case_of(strided=True)
     rule = case.rule
     operands = (case.q, case.k, case.v, case.indices, 16, 16, rule.scale, 0, None, None, None, None, None)
     checks = ("test_schema", "test_faketensor")
@@ -329,7 +191,7 @@ def test_schema_and_fake_kernels_tell_the_truth() -> None:
     ],
 )
 def test_wrong_arguments_raise(change, error: type[Exception], message: str) -> None:
-    case = make_case()
+    case = case_of()
     case = replace(case, **change(case))
     with pytest.raises(error, match=message):
         cpu_block_attention_forward(case.q, case.k, case.v, case.indices, case.rule, **case.blocks)
