@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from stream_lens.backend.install import install, is_streamed
+from stream_lens.backend.install import with_whole_kv_cache
 from stream_lens.backend.long_inputs import last_logits_only
-from stream_lens.backend.refusal import UnsupportedArchitectureError
 
 
 def greedy_tokens(model: Any, tokens: Int[Tensor, "batch position"], count: int) -> Int[Tensor, "batch count"]:
@@ -24,7 +21,7 @@ def greedy_tokens(model: Any, tokens: Int[Tensor, "batch position"], count: int)
     n_ctx = getattr(model.cfg, "n_ctx", None)
     if n_ctx and tokens.shape[-1] + count > n_ctx:
         raise ValueError(f"{tokens.shape[-1]} tokens and {count} more do not fit into the model's context of {n_ctx}.")
-    with torch.no_grad(), last_logits_only(model, 1), _whole_kv_cache(model):
+    with torch.no_grad(), last_logits_only(model, 1), with_whole_kv_cache(model):
         grown = model.generate(
             tokens,
             max_new_tokens=count,
@@ -34,24 +31,3 @@ def greedy_tokens(model: Any, tokens: Int[Tensor, "batch position"], count: int)
             verbose=False,
         )
     return grown[:, tokens.shape[-1] :]
-
-
-@contextmanager
-def _whole_kv_cache(model: Any) -> Iterator[None]:
-    """A dense bridge that decodes with its KV cache.
-
-    transformers 5.24 renamed the cache, and bridges of TransformerLens up to 4.3 then attend to the last token alone
-    (see `stream_lens.backend.bridge`). Streaming none of its layers mends that and leaves the attention dense.
-    """
-    if is_streamed(model) or not hasattr(model, "original_model"):
-        yield
-        return
-    try:
-        streamed = install(model, layers=())
-    except UnsupportedArchitectureError:
-        yield  # nothing here can help: the answer is TransformerLens' own
-        return
-    try:
-        yield
-    finally:
-        streamed.uninstall()

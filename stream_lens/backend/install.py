@@ -134,6 +134,28 @@ def stream(model: Any, config: StreamConfig | None = None, **choices: Any) -> It
         streamed.uninstall()
 
 
+@contextmanager
+def with_whole_kv_cache(model: Any) -> Iterator[None]:
+    """A dense bridge that decodes with its KV cache, by streaming none of its layers; other models stay as they are.
+
+    transformers 5.24 renamed the cache, and bridges of TransformerLens up to 4.3 then attend to the last token alone
+    (see `stream_lens.backend.bridge`). What `install` does to all layers of a bridge mends that, and with layers=()
+    leaves their attention dense. Where the bridge cannot be streamed its decoding is TransformerLens' own.
+    """
+    if is_streamed(model) or not hasattr(model, "original_model"):
+        yield
+        return
+    try:
+        streamed = install(model, layers=())
+    except UnsupportedArchitectureError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        streamed.uninstall()
+
+
 def _configured(config: StreamConfig | None, choices: dict[str, Any]) -> StreamConfig:
     unknown = set(choices) - set(StreamConfig.__dataclass_fields__)
     if unknown:
