@@ -49,6 +49,12 @@ _PLACES = {
     ),
     "stream_lens.circuits.attribution": ("GateAttribution", "gate_attribution"),
     "stream_lens.circuits.calibration": ("calibrate",),
+    "stream_lens.circuits.controls": (
+        "diff_controls",
+        "minimal_k_controls",
+        "receiver_controls",
+        "route_controls",
+    ),
     "stream_lens.circuits.head_controls": ("HeadsAgainstRandom", "heads_against_random"),
     "stream_lens.circuits.mask_diff": ("MaskDiff", "mask_diff"),
     "stream_lens.circuits.metrics": ("Metric", "answer_log_probability", "kl_to", "logit_difference", "with_answer"),
