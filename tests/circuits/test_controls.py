@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +150,20 @@ def test_commands_print_controls_by_default_and_none_on_request(files: Path):
         assert "window_sinks" not in bare
     assert not (files / "bare" / "controls.csv").exists()
     assert "T = 96, stream, k = 3" in said("routes", *one, "--no-controls", "--out", files)
+
+
+def test_receivers_are_ranked_against_dense_under_every_control(files: Path):
+    sentences = [" ".join(f"t{3 + (7 * n + m * m) % 90}" for m in range(9)) + " " for n in range(12)]
+    traces = files / "traces.jsonl"
+    rows = (
+        {"problem": "t5 t6", "reasoning": "".join(sentences), "sentences": sentences, "number": n} for n in range(2)
+    )
+    traces.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--traces", traces, "--q-block", 8, "--k-block", 8, "--k", 3, "--top-n", 3, "--out", files)
+    output = said("receivers", *options)
+    assert "n = 2 texts" in output
+    assert all(name in output for name in ("stream", *CONTROLS, DENSE))
+    assert "window_sinks" not in said("receivers", *options, "--no-controls")
 
 
 def test_bad_arguments_get_a_sentence(files: Path):
