@@ -9,6 +9,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL = PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint $(CONSTRAINTS)
 INSTALLED := $(VENV)/.installed
+BENCHMARKS := attention scaling flops whole_model
 
 .PHONY: help install demo test lint format gpu-check bench docs notebooks wheel clean distclean
 .DEFAULT_GOAL := help
@@ -39,8 +40,11 @@ gpu-check: $(INSTALLED) ## on a machine with a GPU: hold the kernels to the refe
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q tests/ops $(ARGS)
 	env -u TRITON_INTERPRET PYTHONPATH=. $(BIN)/python -m tests.benchmarks.gpu
 
-bench: $(INSTALLED) ## run the benchmarks, one after another
-	@for script in $(filter-out tests/benchmarks/gpu.py,$(wildcard tests/benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+bench: $(INSTALLED) ## run the benchmarks, one after another (half an hour), and fill the README's tables
+	PYTHONPATH=. $(BIN)/python -m tests.benchmarks.run_with_cache --real
+	@for name in $(BENCHMARKS); do echo "== $$name"; PYTHONPATH=. $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
+	PYTHONPATH=. $(BIN)/python -m tests.benchmarks.attention --block 32 --dtypes float32 --name attention_b32
+	PYTHONPATH=. $(BIN)/python -m tests.benchmarks.readme
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)

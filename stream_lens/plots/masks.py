@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stream_lens.blocks import BlockMask, StreamConfig
+from stream_lens.blocks import BlockMask, FractionOfPrefix, MassThreshold, StreamConfig
 from stream_lens.plots.theme import COLOURS, SCALE, panel_grid, styled
 
 Span = tuple[int, int]
@@ -116,8 +116,14 @@ def config_text(config: StreamConfig | None) -> str:
     """What a run kept, for titles: k or its schedule, and the sizes of blocks."""
     if config is None:
         return "k unknown"
-    blocks = f"blocks of {config.q_block} × {config.k_block}"
-    return f"k = {config.k}, {blocks}" if isinstance(config.k, int) else f"{config.k}, {blocks}"
+    match config.k:
+        case FractionOfPrefix(fraction, minimum):
+            kept = f"k = {fraction:.3g} of the prefix, {minimum} or more"
+        case MassThreshold(mass, maximum):
+            kept = f"k = {mass:.3g} of the mass, {maximum} or fewer"
+        case k:
+            kept = f"k = {k}"
+    return f"{kept}, blocks of {config.q_block} × {config.k_block}"
 
 
 def _heatmap(mask: BlockMask, mass: Tensor | None, head: int, largest: int, *, show_scale: bool) -> go.Heatmap:

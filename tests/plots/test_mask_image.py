@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from stream_lens.blocks import ScoreRule, StreamConfig, block_sparse_attention, select_blocks
+from stream_lens.blocks import (
+    FractionOfPrefix,
+    MassThreshold,
+    ScoreRule,
+    StreamConfig,
+    block_sparse_attention,
+    select_blocks,
+)
 from stream_lens.plots import mask_image
+from stream_lens.plots.masks import config_text
 
 
 @pytest.mark.parametrize("length", [64, 75])
@@ -26,3 +34,15 @@ def test_shares_of_a_row(length: int, largest: int) -> None:
                 row * row_tokens : (row + 1) * row_tokens, column * column_tokens : (column + 1) * column_tokens
             ]
             assert tokens.any() == (not np.isnan(image[row, column]))
+
+
+@pytest.mark.parametrize(
+    ("k", "said"),
+    [
+        (16, "k = 16, blocks of 32 × 32"),
+        (FractionOfPrefix(0.2), "k = 0.2 of the prefix, 4 or more, blocks of 32 × 32"),
+        (MassThreshold(0.9, 64), "k = 0.9 of the mass, 64 or fewer, blocks of 32 × 32"),
+    ],
+)
+def test_titles_say_what_was_kept_in_words(k: int | FractionOfPrefix | MassThreshold, said: str) -> None:
+    assert config_text(StreamConfig(k=k, q_block=32, k_block=32)) == said
