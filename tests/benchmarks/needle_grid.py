@@ -74,6 +74,12 @@ def study(model: Any, cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = [{"selector": "dense", "fraction": None, "k": None, **run_every_layer(model, DENSE, ids, digits)}]
     if not rows[0]["found"]:
         return rows
+    if "constant" in cell:
+        chosen = sl.StreamConfig(k=cell["constant"])
+        return [
+            *rows,
+            {"selector": "stream", "fraction": None, "k": chosen.k, **run_every_layer(model, chosen, ids, digits)},
+        ]
     ran: dict[str, dict[str, Any]] = {}  # small budgets of short texts come to the same k
     for way, fractions in (LONG_WAYS if cell["length"] > BEYOND else WAYS).items():
         for fraction in fractions:
@@ -91,7 +97,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     sparse = frame[frame.selector != "dense"]
     keys = ["length", "depth", "selector", "fraction"]
     return (
-        sparse.groupby(keys, sort=False)
+        sparse.groupby(keys, sort=False, dropna=False)
         .agg(found=("found", "sum"), n=("found", "size"), pruned_global=("pruned_global", "mean"), k=("k", "first"))
         .reset_index()
     )
@@ -102,18 +108,22 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 2000, 4000, 8000])
     parser.add_argument("--once", type=int, nargs="*", default=[16000, 32000], help="lengths of one case a depth")
     parser.add_argument("--cases", type=int, default=10, help="cases of every length and depth")
+    parser.add_argument("--constant", type=int, help="only the search, with this k: a budget between the fractions")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("out/needle_grid"), help="where finished cases are kept")
     options = parser.parse_args()
     longest = max(*options.lengths, *options.once, 0)
     loader = partial(sl.load_model, "gemma-3-270m", as_="hooked", n_ctx=longest + 64, dtype=torch.bfloat16)
     listed = cells(tuple(options.lengths), tuple(options.once), options.cases)
-    frame = sweep(loader, listed, study, out=options.folder, n_jobs=options.jobs)
-    write(frame)
+    name = "needle_grid"
+    if options.constant:
+        listed = [{**cell, "constant": options.constant} for cell in listed]
+        name = f"needle_grid_k{options.constant}"
+    write(sweep(loader, listed, study, out=options.folder, n_jobs=options.jobs), name)
 
 
-def write(frame: pd.DataFrame) -> None:
-    """The summary and every run, and the summary over depths on the screen."""
+def write(frame: pd.DataFrame, name: str) -> None:
+    """The summary as a file, and over depths on the screen."""
     table = summary(frame)
     dense = frame[frame.selector == "dense"].groupby("length").found.agg(["sum", "size"])
     result = {
@@ -122,8 +132,8 @@ def write(frame: pd.DataFrame) -> None:
         "dense": [{"length": n, "found": int(row["sum"]), "n": int(row["size"])} for n, row in dense.iterrows()],
         "rows": table.to_dict("records"),
     }
-    (RESULTS / "needle_grid.json").write_text(json.dumps(result) + "\n")
-    overall = table.groupby(["length", "selector", "fraction"], sort=False)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result) + "\n")
+    overall = table.groupby(["length", "selector", "fraction"], sort=False, dropna=False)
     shown = overall.agg(found=("found", "sum"), n=("n", "sum"), pruned_global=("pruned_global", "mean"))
     print(dense.to_string(), shown.reset_index().to_string(index=False), sep="\n")
 
