@@ -1,4 +1,4 @@
-"""Write the README's tables: architectures from the tests' list, figures from the files in `results/`.
+"""Write the tables of README.md and docs/selection.md: architectures from the tests' list, figures from `results/`.
 
 python -m tests.benchmarks.readme [--check]
 """
@@ -15,7 +15,8 @@ from typing import Any
 from stream_lens.backend.architectures import TESTED
 from tests.benchmarks.measuring import RESULTS
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ("README.md", "docs/selection.md")
 
 
 def architectures() -> str:
@@ -132,23 +133,59 @@ _TABLES = {
 }
 
 
+def needles() -> str:
+    """Needles found by length and budget, a column a way of choosing blocks."""
+    path = RESULTS / "needle_grid.json"
+    if not path.exists():
+        return "Not run yet: `python -m tests.benchmarks.needle_grid`."
+    result = json.loads(path.read_text())
+    dense = "; ".join(f"{row['found']} of {row['n']} at {row['length']:,}" for row in result["dense"])
+    cells: dict[tuple[int, float], dict[str, tuple[int, int]]] = {}
+    pruned: dict[tuple[int, float], float] = {}
+    for row in result["rows"]:
+        where = row["length"], row["fraction"]
+        found, n = cells.setdefault(where, {}).get(row["selector"], (0, 0))
+        cells[where][row["selector"]] = found + row["found"], n + row["n"]
+        if row["selector"] == "stream":
+            pruned[where] = row["pruned_global"]
+    ways = list(dict.fromkeys(row["selector"] for row in result["rows"]))
+    lines = [
+        f"Dense finds {dense} tokens.",
+        "",
+        f"| T | share | pruned | {' | '.join(ways)} |",
+        "|---" * (3 + len(ways)) + "|",
+    ]
+    for (length, fraction), found_of in sorted(cells.items()):
+        shown = [f"{found_of[way][0]} of {found_of[way][1]}" if way in found_of else "–" for way in ways]
+        share = f"{pruned[length, fraction]:.1%}" if (length, fraction) in pruned else "–"
+        lines.append(f"| {length:,} | {fraction:.0%} | {share} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+_MARKED = {"figures": figures, "architectures": architectures, "needles": needles}
+
+
 def filled(text: str) -> str:
-    """The README's text with its tables made anew."""
-    for name, table in (("figures", figures()), ("architectures", architectures())):
+    """A document's text with the tables between its markers made anew."""
+    for name, table in _MARKED.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+        if begin in text:
+            before, rest = text.split(begin)
+            text = f"{before}{begin}\n{table()}\n{end}{rest.split(end)[1]}"
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
-    now = README.read_text()
-    made = filled(now)
-    if parser.parse_args().check:
-        sys.exit(0 if made == now else "README.md is out of date: python -m tests.benchmarks.readme")
-    README.write_text(made)
+    parser.add_argument("--check", action="store_true", help="only say whether the documents are up to date")
+    check = parser.parse_args().check
+    for name in DOCUMENTS:
+        now = (ROOT / name).read_text()
+        made = filled(now)
+        if check and made != now:
+            sys.exit(f"{name} is out of date: python -m tests.benchmarks.readme")
+        if not check:
+            (ROOT / name).write_text(made)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from stream_lens.circuits.ablation import ablate, drop_spans
 from stream_lens.circuits.attribution import gate_attribution
 from stream_lens.circuits.metrics import logit_difference
 from stream_lens.circuits.segmentation import spans
+from stream_lens.plots.theme import styled
 
 MODEL = "smollm2-135m"
 SHORT = os.environ.get("STREAM_LENS_SHORT") == "1"  # set in CI: the same steps on less text
@@ -94,10 +95,8 @@ figure = go.Figure()
 for how, part in effects.items():
     figure.add_bar(x=part.name, y=part.effect, name=how)
 figure.update_yaxes(title="what the metric loses")
-figure.update_layout(
-    template="plotly_white", height=420, barmode="group",
-    title=f"{MODEL}: ablating attention to spans, all layers and heads (metric {base['clean']:.2f})",
-)  # fmt: skip
+figure.update_layout(barmode="group")
+styled(figure, f"{MODEL}: ablating attention to spans, all layers and heads (metric {base['clean']:.2f})", height=420)
 figure.show()
 control = effects["drop"][effects["drop"].name.str.startswith("haystack")].effect
 print(f"drop: red needle {effects['drop'].effect.iloc[0]:+.2f}; {len(control)} haystack spans "
@@ -147,7 +146,7 @@ figure = go.Figure(go.Bar(x=list(layers), y=by_layer, name="one layer"))
 figure.add_hline(y=everything, line_dash="dot", annotation_text="all layers at once", annotation_position="top left")
 figure.update_xaxes(title="layer")
 figure.update_yaxes(title="share of clean − corrupted recovered")
-figure.update_layout(template="plotly_white", height=400, title=f"{MODEL}: the clean run's patterns in the corrupted run")
+styled(figure, f"{MODEL}: the clean run's patterns in the corrupted run", height=400)
 figure.show()
 print(f"all layers: {everything:.0%}; strongest single layers: {[(n, f'{by_layer[n]:.0%}') for n in strongest]}")
 best = sorted(by_head, key=lambda where: -by_head[where])[:5]
@@ -174,7 +173,7 @@ heads = attribution.per_head().pivot(index="layer", columns="head", values="magn
 figure = go.Figure(go.Heatmap(z=heads, x=heads.columns, y=heads.index, colorscale="Cividis", colorbar_title="Σ |score|"))
 figure.update_xaxes(title="head", dtick=1)
 figure.update_yaxes(title="layer", autorange="reversed")
-figure.update_layout(template="plotly_white", height=520, width=700, title=f"{MODEL}: gate attribution by head")
+styled(figure, f"{MODEL}: gate attribution by head", height=520, width=700)
 figure.show()
 
 # %% [markdown]
@@ -188,7 +187,7 @@ figure = go.Figure(go.Scatter(x=check.table.score, y=check.table.effect, mode="m
 figure.add_scatter(x=[-largest, largest], y=[-largest, largest], mode="lines", line_dash="dot", name="score = effect")
 figure.update_xaxes(title="score (gradient)")
 figure.update_yaxes(title="effect (real ablation)")
-figure.update_layout(template="plotly_white", height=480, width=700, title=f"Scores beside ablations, n = {check.n}")
+styled(figure, f"{MODEL}: scores of blocks beside their ablations, n = {check.n}", height=480, width=700)
 figure.show()
 print(f"n = {check.n}: Pearson {check.pearson:.2f}, Spearman {check.spearman:.2f}")
 assert check.pearson > 0.5
