@@ -53,9 +53,9 @@ def diff_command(
     groups = caches_of(success), caches_of(failure)
     result = mask_diff(*groups)
     both = [*groups[0], *groups[1]]
-    title = f"{title_of(both)}, n = {result.pairs} pair{'s' * (result.pairs > 1)}"
+    about = f"{title_of(both)}, n = {result.pairs} pair{'s' * (result.pairs > 1)}"
     layers = result.by_layer().dropna(axis="columns", how="all")
-    print_frame(console, f"{title}\nBlocks that success alone, failure alone and both keep, all heads", layers, rows=30)
+    print_frame(console, f"{about}\nBlocks that success alone, failure alone and both keep, all heads", layers, rows=30)
     cells = result.to_frame().drop(columns=["query_label", "key_label", "kept"]).dropna(axis="columns", how="all")
     print_frame(console, "Largest differences in attention (share of a row), by query and key block", cells)
     if controls:
@@ -75,4 +75,4 @@ def diff_command(
             "One pair says nothing about chance: give folders of several for p values and random pairs beside them.",
             style="dim",
         )
-    write_result(console, result, out, "diff")
+    write_result(console, result, out, "diff", title=f"{about}<br>Success − failure")

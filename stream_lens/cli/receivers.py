@@ -61,7 +61,8 @@ def receivers_command(
         caches = [run_with_masks(loaded, trace.text, config)[1] for trace in listed]
         result = receiver_heads(caches, segments, top_n=top_n)
     half = "" if result.split_half is None else f"; split-half r = {result.split_half:.2f}"
-    print_frame(console, f"Receiver heads: {title_of(caches, model)}, n = {len(listed)} texts{half}", result.to_frame())
+    about = f"{title_of(caches, model)}, n = {len(listed)} texts{half}"
+    print_frame(console, f"Receiver heads: {about}", result.to_frame())
     if controls:
         with console.status("running the controls") as status:
             frame = receiver_controls(
@@ -69,4 +70,4 @@ def receivers_command(
             )
         title = f"Rankings against the dense one, n = {len(listed)} texts; top_shared: of the top {top_n}"
         show(console, title, frame, out, "controls", hidden=("pruned_causal", "texts"))
-    write_result(console, result, out, "receivers")
+    write_result(console, result, out, "receivers", title=f"Kurtosis: {about}")
