@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import typer
 from rich.console import Console
@@ -45,6 +46,8 @@ def _main() -> None:
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one red line and exit code 1."""
+    # TransformerLens's dense bridge still names the KV cache as transformers did; nothing that a user can mend.
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     try:
         app()
     except (ValueError, TypeError, RuntimeError, NotImplementedError, OSError) as error:

@@ -17,8 +17,9 @@ def print_frame(console: Console, title: str, frame: pd.DataFrame, *, rows: int 
     """The first rows of a table; floats with three digits."""
     table = Table(title=title, title_justify="left")
     for name in frame.columns:
-        justify = "left" if str(name).endswith("answer") else "right"
-        table.add_column(str(name).replace("_", "\n"), justify=justify, overflow="fold")  # type: ignore[arg-type]
+        words = str(name).split("_")
+        justify = "left" if words[-1] == "answer" else "right"
+        table.add_column("\n".join(words), justify=justify, overflow="fold", min_width=max(map(len, words)))  # type: ignore[arg-type]
     for row in frame.head(rows).itertuples(index=False):
         table.add_row(*(_cell(value) for value in row))
     console.print(table)
@@ -29,10 +30,16 @@ def print_frame(console: Console, title: str, frame: pd.DataFrame, *, rows: int 
 def show(
     console: Console, title: str, frame: pd.DataFrame, out: Path, name: str, *, hidden: Sequence[str] = ()
 ) -> None:
-    """Print a table but for its hidden and empty columns, and write all of it to `name`.csv in `out`."""
+    """Print a table but for its hidden and empty columns, and write all of it to `name`.csv in `out`.
+
+    Answers, which are long, have a table of their own.
+    """
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / f"{name}.csv", index=False)
-    print_frame(console, title, frame.drop(columns=list(hidden)).dropna(axis="columns", how="all"))
+    answers = [column for column in frame.columns if str(column).endswith("answer")]
+    print_frame(console, title, frame.drop(columns=[*hidden, *answers]).dropna(axis="columns", how="all"))
+    if answers:
+        print_frame(console, "What these runs answer, greedily", frame[["run", *answers]])
 
 
 def title_of(caches: Sequence[Any], model: str | None = None) -> str:
