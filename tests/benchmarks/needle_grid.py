@@ -50,7 +50,7 @@ BEYOND = 2000
 def cells(lengths: tuple[int, ...], once: tuple[int, ...], cases: int) -> list[dict[str, Any]]:
     """The cases, seed by seed, so that a run that was cut short has the same n everywhere; `once` at its end."""
     many = [{"length": n, "depth": depth, "seed": seed} for seed in range(cases) for n in lengths for depth in DEPTHS]
-    return many + [{"length": n, "depth": depth, "seed": 0} for n in once for depth in DEPTHS]
+    return many + [{"length": n, "depth": 0.5, "seed": 0} for n in once]
 
 
 def constant_k(fraction: float, tokens: int, block: int = 32) -> int:
@@ -106,7 +106,9 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 2000, 4000, 8000])
-    parser.add_argument("--once", type=int, nargs="*", default=[16000, 32000], help="lengths of one case a depth")
+    parser.add_argument(
+        "--once", type=int, nargs="*", default=[16000, 32000], help="lengths of one case only, in the middle"
+    )
     parser.add_argument("--cases", type=int, default=10, help="cases of every length and depth")
     parser.add_argument("--constant", type=int, help="only the search, with this k: a budget between the fractions")
     parser.add_argument("--jobs", type=int, default=1)
