@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 2000, 4000, 8000])
     parser.add_argument(
-        "--once", type=int, nargs="*", default=[16000, 32000], help="lengths of one case only, in the middle"
+        "--once", type=int, nargs="*", default=[16000, 32000], help="lengths of one case, in the middle"
     )
     parser.add_argument("--cases", type=int, default=10, help="cases of every length and depth")
     parser.add_argument("--constant", type=int, help="only the search, with this k: a budget between the fractions")
