@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 import stream_lens as sl
-from stream_lens.sweep import sweep
+from stream_lens.sweep import cell_name, sweep
 from tests.benchmarks.measuring import RESULTS
 from tests.benchmarks.needle_budget import DENSE, prompt_and_answer, run_every_layer
 
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10, help="cases of every length and depth")
     parser.add_argument("--constant", type=int, help="only the search, with this k: a budget between the fractions")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--finished", action="store_true", help="run nothing: sum up the cases that are finished")
     parser.add_argument("--folder", type=Path, default=Path("out/needle_grid"), help="where finished cases are kept")
     options = parser.parse_args()
     longest = max(*options.lengths, *options.once, 0)
@@ -121,6 +122,8 @@ def main() -> None:
     if options.constant:
         listed = [{**cell, "constant": options.constant} for cell in listed]
         name = f"needle_grid_k{options.constant}"
+    if options.finished:
+        listed = [cell for cell in listed if (options.folder / f"{cell_name(cell)}.parquet").exists()]
     write(sweep(loader, listed, study, out=options.folder, n_jobs=options.jobs), name)
 
 
