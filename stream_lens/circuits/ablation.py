@@ -24,6 +24,7 @@ from stream_lens.circuits.edited_runs import (
 )
 from stream_lens.circuits.metrics import MetricFunction, positions_read, scalar
 from stream_lens.circuits.results import json_of
+from stream_lens.circuits.runs import about_masks
 from stream_lens.circuits.text_tokens import Span
 
 Head = tuple[int, int]
@@ -109,11 +110,13 @@ class AblationEffects:
         base: the metric of the sparse run as it is.
         table: one row an ablation: name, blocks (kept blocks taken out), value, effect (base − value).
         how: "drop" (the rest of each row renormalises) or "zero" (it does not).
+        about: model, T, k and pruned share, for titles; empty where that is not known.
     """
 
     base: float
     table: pd.DataFrame
     how: str
+    about: str = ""
 
     def to_frame(self) -> pd.DataFrame:
         """The table."""
@@ -170,7 +173,8 @@ def ablate(
             edits, taken = ablation_edits(ablation, masks, how, hold_masks)
             value = float(scalar(metric, run_edited(model, tokens, edits, count)))
             rows.append((ablation.name, sum(taken.values()), value, base - value))
-    return AblationEffects(base, pd.DataFrame(rows, columns=["name", "blocks", "value", "effect"]), how)
+    table = pd.DataFrame(rows, columns=["name", "blocks", "value", "effect"])
+    return AblationEffects(base, table, how, about_masks(model.cfg.model_name, masks.values()))
 
 
 def ablation_edits(

@@ -19,6 +19,7 @@ from stream_lens.circuits.edited_runs import masks_of_run, streamed_for_now, tex
 from stream_lens.circuits.gated_run import GatedRun
 from stream_lens.circuits.metrics import MetricFunction, positions_read
 from stream_lens.circuits.results import json_of
+from stream_lens.circuits.runs import about_masks
 
 Edges = Int[np.ndarray, "edge 5"]
 """Kept blocks, one a row: position in the table of layers, batch row, head, query block, slot."""
@@ -40,6 +41,7 @@ class GateAttribution:
         value: the metric of the run with every gate at 1.
         steps: points on the path of gates that were averaged over; 1 is the plain gradient at gate 1.
         run: model, input and metric, for `check_by_ablation` and `prune`.
+        about: model, T, k and pruned share, for titles; empty where that is not known.
     """
 
     scores: dict[int, Float[Tensor, "batch head q_blocks k"]]
@@ -47,6 +49,7 @@ class GateAttribution:
     value: float
     steps: int
     run: GatedRun = field(repr=False)
+    about: str = ""
 
     def edges(self) -> tuple[Edges, Float[np.ndarray, " edge"]]:
         """Where every kept block lies, and its score."""
@@ -153,7 +156,8 @@ def gate_attribution(
             (value,) = run.values([run.ones()])
     held = GatedRun(model, tokens, metric, _config_for_later(model, config), count, run.masks)
     scores = {layer: total.masked_fill(~run.masks[layer].kept, 0.0) for layer, total in totals.items()}
-    return GateAttribution(scores, dict(run.masks), value, steps, held)
+    about = about_masks(model.cfg.model_name, run.masks.values())
+    return GateAttribution(scores, dict(run.masks), value, steps, held, about)
 
 
 def frame_of_edges(masks: Mapping[int, BlockMask], places: Edges) -> pd.DataFrame:

@@ -33,6 +33,7 @@ class HeadsAgainstRandom:
         confidence: of the interval.
         inputs: how many inputs stand behind each number.
         random_heads: the heads of each seed.
+        about: model, T, k and pruned share of the first input, for titles.
     """
 
     heads: tuple[Head, ...]
@@ -44,6 +45,7 @@ class HeadsAgainstRandom:
     confidence: float
     inputs: int
     random_heads: tuple[tuple[Head, ...], ...] = field(repr=False)
+    about: str = ""
 
     def to_frame(self) -> pd.DataFrame:
         """One row a set of heads: name, seed (NA for the heads in question), effect."""
@@ -105,6 +107,7 @@ def heads_against_random(
         confidence=confidence,
         inputs=len(inputs),
         random_heads=tuple(drawn),
+        about=found[0].about,
     )
 
 

@@ -29,6 +29,7 @@ class AblationCheck:
         pearson, spearman: correlation of score and effect over the table; NaN where one of them is constant.
         n: blocks ablated.
         sample: how they were drawn.
+        about: model, T, k and pruned share, for titles; empty where that is not known.
     """
 
     table: pd.DataFrame
@@ -36,6 +37,7 @@ class AblationCheck:
     spearman: float
     n: int
     sample: str
+    about: str = ""
 
     def to_frame(self) -> pd.DataFrame:
         """The table."""
@@ -90,7 +92,7 @@ def check_by_ablation(
         effects += [full - value for value in run.values(gates)]
     table = frame_of_edges(attribution.masks, places[chosen]).assign(score=scores[chosen], effect=effects)
     pearson, spearman = _correlations(table)
-    return AblationCheck(table, pearson, spearman, len(chosen), sample)
+    return AblationCheck(table, pearson, spearman, len(chosen), sample, attribution.about)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +111,7 @@ class PrunedEdges:
         full, none: the metric with all blocks and with none.
         random: faithfulness of equally many random blocks, one a seed: the control.
         curve: one row a number of blocks tried, ascending: edges, value, faithfulness.
+        about: of the run with all blocks: model, T, k and pruned share, for titles.
     """
 
     masks: dict[int, BlockMask]
@@ -120,6 +123,7 @@ class PrunedEdges:
     none: float
     random: tuple[float, ...]
     curve: pd.DataFrame
+    about: str = ""
 
     def to_frame(self) -> pd.DataFrame:
         """The curve."""
@@ -195,6 +199,7 @@ def prune(
         none=none,
         random=tuple((value - none) / (full - none) for value in random),
         curve=curve,
+        about=attribution.about,
     )
 
 

@@ -32,6 +32,7 @@ class ReceiverHeads:
         by_text: [text, layer, head].
         layers: the number of each layer in the arrays.
         split_half: Pearson's r over heads between the kurtosis of even and of odd texts; None with fewer than 2 texts.
+        about: model, T, k and pruned share of the first text, for titles; empty where that is not known.
     """
 
     heads: tuple[tuple[int, int], ...]
@@ -39,6 +40,7 @@ class ReceiverHeads:
     by_text: Float[np.ndarray, "text layer head"]
     layers: tuple[int, ...]
     split_half: float | None
+    about: str = ""
 
     def to_frame(self) -> pd.DataFrame:
         """One row a head, most peaked first: layer, head, kurtosis, std (over texts), texts, receiver."""
@@ -124,7 +126,7 @@ def receiver_heads(
     order = order[np.isfinite(ranked.ravel()[order])][:top_n]
     layer, head = np.unravel_index(order, mean.shape)
     heads = tuple((scores.layers[at], int(number)) for at, number in zip(layer, head, strict=True))
-    return ReceiverHeads(heads, mean, by_text, scores.layers, _split_half(by_text))
+    return ReceiverHeads(heads, mean, by_text, scores.layers, _split_half(by_text), scores.about)
 
 
 def rank_correlation(one: ReceiverHeads, other: ReceiverHeads) -> RankCorrelation:

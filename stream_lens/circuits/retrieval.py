@@ -66,6 +66,7 @@ class RetrievalScores:
         answered: in which of them the sparse model said all answer tokens that stand in a source; the others are left
             out.
         by: "token" or "block".
+        about: the model's name, for titles.
     """
 
     scores: Float[np.ndarray, "layer head"]
@@ -74,6 +75,7 @@ class RetrievalScores:
     cases: int
     answered: tuple[bool, ...]
     by: str
+    about: str = ""
 
     def top_heads(self, n: int = 10) -> tuple[Head, ...]:
         """The n heads that copy most, best first."""
@@ -170,7 +172,8 @@ def retrieval_scores(
             "prompts that the model answers."
         )
     by_case = np.stack(found)
-    return RetrievalScores(by_case.mean(0), tuple(layers), by_case, len(cases), tuple(answered), by)
+    name = str(model.cfg.model_name)
+    return RetrievalScores(by_case.mean(0), tuple(layers), by_case, len(cases), tuple(answered), by, name)
 
 
 def mask_retrieval_heads(

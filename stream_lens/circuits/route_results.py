@@ -65,6 +65,7 @@ class Routes:
         head_flow: [step, head] share of the flow that each head carries, within nodes too; the rest is residual.
         total_edges: edges on some way from source to target; `edges` has those of the largest flow.
         heads, residual: as asked for.
+        about: model, T, k and pruned share, for titles; empty where that is not known.
     """
 
     nodes: Nodes
@@ -80,6 +81,7 @@ class Routes:
     total_edges: int
     heads: str
     residual: float
+    about: str = ""
 
     @property
     def reachable(self) -> bool:

@@ -96,6 +96,7 @@ def routes(
         total_edges=len(frame),
         heads=heads,
         residual=residual,
+        about=run.about,
     )
 
 

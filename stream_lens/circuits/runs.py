@@ -28,10 +28,32 @@ class Run:
     Attributes:
         layers: a SparsePattern, a BlockMask, or a dense tensor [1, head, query, key] for each layer.
         observe: whether masses are shares of the dense pattern, so that a row's kept blocks sum to less than 1.
+        model_name: of the cache; empty where it does not say.
     """
 
     layers: dict[int, Pattern]
     observe: bool = False
+    model_name: str = ""
+
+    @property
+    def about(self) -> str:
+        """See `about_masks`."""
+        return about_masks(self.model_name, self.layers.values())
+
+
+def about_masks(model_name: str | None, masks: Iterable[Any]) -> str:
+    """Model, T, k and pruned share of a run, for titles of pictures; empty where nothing is known."""
+    known = [each if isinstance(each, BlockMask) else each.mask for each in masks if not _is_dense(each)]
+    parts = [model_name] if model_name else []
+    if known:
+        pruned = sum(float(mask.sparsity("causal")) for mask in known) / len(known)
+        parts += [f"T = {known[0].kv_len:,}", f"k = {max(mask.k for mask in known)}"]
+        parts.append(f"{pruned:.1%} of the causal half pruned")
+    return ", ".join(parts)
+
+
+def _is_dense(pattern: Any) -> bool:
+    return not isinstance(pattern, BlockMask | SparsePattern)
 
 
 def runs_of(source: Source | Iterable[Source]) -> Iterator[Run]:
@@ -49,9 +71,10 @@ def runs_of(source: Source | Iterable[Source]) -> Iterator[Run]:
     sizes = {pattern.shape[0] for pattern in layers.values()}
     if len(sizes) > 1:
         raise ValueError(f"the layers have batches of {sorted(sizes)}: give patterns of the same texts.")
-    observe = bool(getattr(getattr(source, "info", None), "observe", False))
+    info = getattr(source, "info", None)
+    observe, model_name = bool(getattr(info, "observe", False)), getattr(info, "model_name", None) or ""
     for row in range(sizes.pop()):
-        yield Run({layer: _row(pattern, row) for layer, pattern in layers.items()}, observe)
+        yield Run({layer: _row(pattern, row) for layer, pattern in layers.items()}, observe, model_name)
 
 
 def _layers(source: Source) -> dict[int, Pattern]:

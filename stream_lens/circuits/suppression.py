@@ -30,6 +30,7 @@ from stream_lens.circuits.edited_runs import (
 )
 from stream_lens.circuits.metrics import kl_divergence, log_probabilities
 from stream_lens.circuits.results import json_of
+from stream_lens.circuits.runs import about_masks
 from stream_lens.circuits.segments import Segments
 
 # Logits of one chunk of positions, of which two sets are held at a time.
@@ -50,6 +51,7 @@ class SegmentSuppression:
         labels: of all segments.
         temperature: of both distributions.
         how: "drop" or "zero".
+        about: model, T, k and pruned share, for titles; empty where that is not known.
     """
 
     log_kl: Float[np.ndarray, "suppressed affected"]
@@ -60,6 +62,7 @@ class SegmentSuppression:
     labels: tuple[str, ...]
     temperature: float
     how: str
+    about: str = ""
 
     def to_frame(self) -> pd.DataFrame:
         """One row a pair that has a number: suppressed, affected, log_kl, blocks."""
@@ -142,8 +145,9 @@ def segment_suppression(
             after = _residual(model, tokens, edits)
             spans = [segments.token_span(i) for i in columns]
             log_kl[number] = _mean_log_kl(model, base, after, spans, end, temperature)
+    about = about_masks(model.cfg.model_name, masks.values())
     return SegmentSuppression(
-        log_kl, tuple(rows), tuple(columns), tuple(blocks), tuple(covered), segments.labels, temperature, how
+        log_kl, tuple(rows), tuple(columns), tuple(blocks), tuple(covered), segments.labels, temperature, how, about
     )
 
 

@@ -39,6 +39,7 @@ class VerticalScores:
         layers: the number of each layer in `scores`.
         min_distance, control_depth: as asked for.
         exact: whether every sum was of tokens' own probabilities; False where block masses were shared out by overlap.
+        about: model, T, k and pruned share of the first text, for titles; empty where that is not known.
     """
 
     scores: tuple[Float[np.ndarray, "layer head segment"], ...]
@@ -47,6 +48,7 @@ class VerticalScores:
     min_distance: int
     control_depth: bool
     exact: bool
+    about: str = ""
 
     def kurtosis(self) -> Float[np.ndarray, "text layer head"]:
         """Fisher's kurtosis (biased, NaN left out) of every head's vertical scores over the segments of each text.
@@ -116,6 +118,7 @@ def vertical_scores(
     found: list[np.ndarray] = []
     used: list[Segments] = []
     layers: tuple[int, ...] | None = None
+    about = ""
     all_exact = True
     for run, text_segments in with_segments(caches, segments):
         rows = []
@@ -125,7 +128,7 @@ def vertical_scores(
             all_exact &= sums.exact
             rows.append(_scores(sums, text_segments, min_distance, control_depth))
         if layers is None:
-            layers = tuple(run.layers)
+            layers, about = tuple(run.layers), run.about
         if layers != tuple(run.layers) or len({row.shape for row in rows}) > 1:
             raise ValueError(
                 f"the texts have patterns of layers {list(layers)} and {list(run.layers)}, with "
@@ -135,7 +138,7 @@ def vertical_scores(
         used.append(text_segments)
     if layers is None:
         raise ValueError("no caches were given.")
-    return VerticalScores(tuple(found), tuple(used), layers, min_distance, control_depth, all_exact)
+    return VerticalScores(tuple(found), tuple(used), layers, min_distance, control_depth, all_exact, about)
 
 
 def with_segments(

@@ -70,4 +70,4 @@ def receivers_command(
             )
         title = f"Rankings against the dense one, n = {len(listed)} texts; top_shared: of the top {top_n}"
         show(console, title, frame, out, "controls", hidden=("pruned_causal", "texts"))
-    write_result(console, result, out, "receivers", title=f"Kurtosis: {about}")
+    write_result(console, result, out, "receivers")

@@ -65,7 +65,7 @@ def routes_command(
         show(console, title, frame, out, "controls", hidden=("pruned_causal", "texts"))
     if not result.reachable:
         raise typer.Exit(1)
-    write_result(console, result, out, "routes", title=f"Routes: {title_of(caches)}")
+    write_result(console, result, out, "routes")
     result.write_graph(out / "routes.graphml")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from stream_lens.circuits.pruning import AblationCheck
-from stream_lens.plots.theme import COLOURS, styled
+from stream_lens.plots.theme import COLOURS, styled, titled
 
 
 def ablation_check(result: AblationCheck, title: str = "Attribution against ablation") -> go.Figure:
@@ -38,8 +38,7 @@ def ablation_check(result: AblationCheck, title: str = "Attribution against abla
     )
     figure.update_xaxes(title_text="score (gradient × gate)")
     figure.update_yaxes(title_text="effect (metric lost without the block)")
+    agreement = f"Pearson {result.pearson:.2f}, Spearman {result.spearman:.2f}, n = {result.n} blocks"
     return styled(
-        figure,
-        f"{title}: Pearson {result.pearson:.2f}, Spearman {result.spearman:.2f}, n = {result.n} blocks "
-        f"({result.sample.replace('_', ' ')})",
+        figure, f"{titled(title, result.about)}<br><sup>{agreement} ({result.sample.replace('_', ' ')})</sup>"
     )

@@ -12,7 +12,7 @@ from stream_lens.circuits.ablation import AblationEffects
 from stream_lens.circuits.attribution import GateAttribution
 from stream_lens.circuits.head_controls import HeadsAgainstRandom
 from stream_lens.circuits.minimal_k import MinimalK
-from stream_lens.plots.theme import COLOURS, DIVERGING, SCALE, panel_grid, styled
+from stream_lens.plots.theme import COLOURS, DIVERGING, SCALE, panel_grid, styled, titled
 
 
 def minimal_k(result: MinimalK, title: str = "Minimal k") -> go.Figure:
@@ -107,7 +107,7 @@ def attribution(result: GateAttribution, title: str = "Gate attribution", *, top
     mask = next(iter(result.masks.values()))
     how = "gradient at gate 1" if result.steps == 1 else f"mean gradient at {result.steps} points"
     about = f"T = {mask.kv_len}, metric {result.value:.3g}; {how}; q and k name query and key blocks"
-    return styled(figure, f"{title}<br><sup>{about}</sup>")
+    return styled(figure, f"{titled(title, result.about)}<br><sup>{about}</sup>")
 
 
 def _edge_name(row: dict[str, int], result: GateAttribution) -> str:
@@ -142,7 +142,9 @@ def _effects(frame: pd.DataFrame, result: AblationEffects, title: str) -> go.Fig
     figure.update_yaxes(automargin=True, type="category")
     how = "dropped (rows renormalise)" if result.how == "drop" else "zeroed (nothing renormalises)"
     about = f"metric without any: {result.base:.3g}; blocks are {how}"
-    return styled(figure, f"{title}<br><sup>{about}</sup>", height=max(320, 32 * len(frame) + 190))
+    return styled(
+        figure, f"{titled(title, result.about)}<br><sup>{about}</sup>", height=max(320, 32 * len(frame) + 190)
+    )
 
 
 def _control(result: HeadsAgainstRandom, title: str) -> go.Figure:
@@ -168,4 +170,6 @@ def _control(result: HeadsAgainstRandom, title: str) -> go.Figure:
     interval = f"; bar: {result.confidence:.0%} interval of the mean" if known else ""
     count = len(result.random_effects)
     about = f"{len(result.heads)} heads, {result.inputs} inputs, {count} random sets{interval}"
-    return styled(figure, f"{title}: chosen against random heads<br><sup>{about}</sup>", height=330)
+    return styled(
+        figure, f"{titled(title, result.about)}; chosen against random heads<br><sup>{about}</sup>", height=330
+    )

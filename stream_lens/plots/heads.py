@@ -13,7 +13,7 @@ from stream_lens.circuits.receiver_heads import ReceiverHeads
 from stream_lens.circuits.segments import Segments
 from stream_lens.circuits.thought_anchors import ThoughtAnchors
 from stream_lens.circuits.vertical_scores import VerticalScores
-from stream_lens.plots.theme import COLOURS, SCALE, panel_grid, styled
+from stream_lens.plots.theme import COLOURS, SCALE, panel_grid, styled, titled
 
 _UNKNOWN = "no category"
 _NAMED = ("blue", "orange", "green", "pink", "sky", "red", "yellow", "black")
@@ -48,7 +48,7 @@ def kurtosis(result: ReceiverHeads, title: str = "Kurtosis of vertical scores") 
     stable = "" if result.split_half is None else f", split-half r = {result.split_half:.2f}"
     styled(
         figure,
-        f"{title}<br><sup>mean over {texts} text{'s' * (texts > 1)}{stable}; "
+        f"{titled(title, result.about)}<br><sup>mean over {texts} text{'s' * (texts > 1)}{stable}; "
         f"circles: the {len(result.heads)} receiver heads</sup>",
         height=max(360, 24 * len(layers) + 200),
     )
@@ -85,9 +85,10 @@ def vertical_scores(
     figure.update_xaxes(title_text="segment", row=len(heads), col=1)
     segments = result.segments[text]
     ranks = "ranks instead of probabilities; " if result.control_depth else ""
+    title = titled(title, result.about) if result.about else f"{title}, T = {segments.n_tokens}"
     return styled(
         figure,
-        f"{title}, T = {segments.n_tokens}, {len(segments)} segments<br><sup>{ranks}mean attention from segments at "
+        f"{title}, {len(segments)} segments<br><sup>{ranks}mean attention from segments at "
         f"least {result.min_distance} later; {'exact' if result.exact else 'block masses shared out by overlap'}</sup>",
     ).update_layout(barmode="overlay")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from stream_lens.circuits.pruning import PrunedEdges
-from stream_lens.plots.theme import COLOURS, styled
+from stream_lens.plots.theme import COLOURS, styled, titled
 
 
 def pruning(result: PrunedEdges, title: str = "Blocks that keep the metric") -> go.Figure:
@@ -31,4 +31,4 @@ def pruning(result: PrunedEdges, title: str = "Blocks that keep the metric") -> 
     figure.update_xaxes(title_text=f"blocks kept, of {result.all_edges:,}", type="log", dtick="D2")
     figure.update_yaxes(title_text="share of the metric recovered")
     share = f"{result.edges:,} blocks recover {result.faithfulness:.0%}"
-    return styled(figure, f"{title}: {share}")
+    return styled(figure, f"{titled(title, result.about)}<br><sup>{share}</sup>")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from stream_lens.circuits.retrieval import RetrievalScores
-from stream_lens.plots.theme import SCALE, styled
+from stream_lens.plots.theme import SCALE, styled, titled
 
 
 def retrieval(result: RetrievalScores, title: str = "Retrieval heads") -> go.Figure:
@@ -26,4 +26,6 @@ def retrieval(result: RetrievalScores, title: str = "Retrieval heads") -> go.Fig
     figure.update_xaxes(title_text="head", type="category", showgrid=False)
     figure.update_yaxes(title_text="layer", type="category", showgrid=False)
     answered = sum(result.answered)
-    return styled(figure, f"{title} (by {result.by}; {answered} of {result.cases} cases answered)")
+    return styled(
+        figure, f"{titled(title, result.about)} (by {result.by}; {answered} of {result.cases} cases answered)"
+    )

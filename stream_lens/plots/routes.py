@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from stream_lens.circuits.route_results import RouteDiff, Routes
-from stream_lens.plots.theme import COLOURS, styled
+from stream_lens.plots.theme import COLOURS, styled, titled
 
 _WIDTHS = (0.6, 1.5, 3.0, 5.5)
 
@@ -51,7 +51,9 @@ def _graph(result: Routes, title: str, most: int, paths: int) -> go.Figure:
     figure.update_xaxes(title_text="token position", range=_around(middle))
     drawn = f"{len(frame)} of {result.total_edges} edges"
     about = f"{result.flow:.3g} of the target comes from the source; {drawn}; heads: {result.heads}"
-    return styled(figure, f"{title}<br><sup>{about}</sup>", height=max(420, 34 * len(steps) + 200))
+    return styled(
+        figure, f"{titled(title, result.about)}<br><sup>{about}</sup>", height=max(420, 34 * len(steps) + 200)
+    )
 
 
 def _lines(figure: go.Figure, part: object, middle: np.ndarray, width: float, colour: str, name: str) -> None:

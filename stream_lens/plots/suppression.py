@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from stream_lens.circuits.suppression import SegmentSuppression
-from stream_lens.plots.theme import SCALE, styled
+from stream_lens.plots.theme import SCALE, styled, titled
 
 
 def suppression(result: SegmentSuppression, title: str = "Segment suppression") -> go.Figure:
@@ -27,4 +27,4 @@ def suppression(result: SegmentSuppression, title: str = "Segment suppression") 
     )
     figure.update_xaxes(title_text="segment cut off", type="category", showgrid=False)
     figure.update_yaxes(title_text="later segment", type="category", autorange="reversed", showgrid=False)
-    return styled(figure, f"{title} ({result.how}, temperature {result.temperature:g})")
+    return styled(figure, f"{titled(title, result.about)} ({result.how}, temperature {result.temperature:g})")

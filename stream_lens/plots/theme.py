@@ -63,6 +63,11 @@ def panel_grid(
     return figure
 
 
+def titled(title: str, about: str) -> str:
+    """The title with what a result says of its run, where it says anything."""
+    return f"{title}: {about}" if about else title
+
+
 def styled(figure: go.Figure, title: str, *, width: int | None = None, height: int | None = None) -> go.Figure:
     """The figure with the common layout and a title. Returns the same object.
 

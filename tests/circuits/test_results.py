@@ -101,3 +101,20 @@ def test_a_file_with_scores_gives_the_same_table(tool, caches):
 def test_a_tool_that_runs_the_model(tool, model):
     check(FROM_MODEL[tool](model))
     assert not sl.is_streamed(model)
+
+
+@pytest.mark.parametrize("tool", ["vertical_scores", "receiver_heads", "routes"])
+def test_titles_say_what_was_run(tool, caches):
+    said(FROM_CACHES[tool](caches["file"]))
+
+
+@pytest.mark.parametrize(
+    "tool", ["gate_attribution", "ablate", "heads_against_random", "check_by_ablation", "prune", "segment_suppression"]
+)
+def test_titles_say_what_the_model_ran(tool, model):
+    said(FROM_MODEL[tool](model))
+
+
+def said(result: Any) -> None:
+    assert "T = 96, k = 4, " in result.plot().layout.title.text
+    assert "of the causal half pruned" in result.plot().layout.title.text
