@@ -5,7 +5,8 @@
 Gemma 3 270M, every layer pruned. A budget is a share of the blocks of the causal half: spent as one k for all rows, or
 as the same share of every row's prefix (`FractionOfPrefix`), with the same total. A case counts as found if every digit
 of the answer is the most likely next token after the prompt, a colon and the digits before: one forward a case. Cases
-that dense attention fails are counted and left out. Finished cases are kept, so a run that was stopped goes on.
+that dense attention fails are counted and left out. Finished cases are kept in a folder, and in
+`results/needle_grid_cases.parquet`, so a run that was stopped goes on, on another machine too.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ import pandas as pd
 import torch
 
 import stream_lens as sl
+from stream_lens.files import written_aside
 from stream_lens.sweep import cell_name, sweep
 from tests.benchmarks.measuring import RESULTS
 from tests.benchmarks.needle_budget import DENSE, prompt_and_answer, run_every_layer
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FRACTIONS = (0.02, 0.05, 0.1, 0.2)
+CASES = RESULTS / "needle_grid_cases.parquet"
 FRACTION_SCHEDULE = "stream, fraction of prefix"
 WAYS = {
     "stream": FRACTIONS,
@@ -103,6 +106,18 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def restore(folder: Path, listed: list[dict[str, Any]]) -> None:
+    """Put cases of the stored file into the folder of finished ones, where they are missing."""
+    if not CASES.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = dict(iter(pd.read_parquet(CASES).groupby(["length", "depth", "seed"])))
+    for cell in listed:
+        rows, path = stored.get((cell["length"], cell["depth"], cell["seed"])), folder / f"{cell_name(cell)}.parquet"
+        if rows is not None and not path.exists():
+            written_aside(path, partial(rows.to_parquet, index=False))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 2000, 4000, 8000])
@@ -122,9 +137,14 @@ def main() -> None:
     if options.constant:
         listed = [{**cell, "constant": options.constant} for cell in listed]
         name = f"needle_grid_k{options.constant}"
+    else:
+        restore(options.folder, listed)
     if options.finished:
         listed = [cell for cell in listed if (options.folder / f"{cell_name(cell)}.parquet").exists()]
-    write(sweep(loader, listed, study, out=options.folder, n_jobs=options.jobs), name)
+    frame = sweep(loader, listed, study, out=options.folder, n_jobs=options.jobs)
+    write(frame, name)
+    if not options.constant:
+        frame.to_parquet(CASES, index=False)
 
 
 def write(frame: pd.DataFrame, name: str) -> None:
