@@ -15,6 +15,7 @@ from stream_lens.backend.long_inputs import run_with_masks
 from stream_lens.backend.sparse_cache import SparseActivationCache
 from stream_lens.blocks import StreamConfig
 from stream_lens.circuits.kept_probabilities import holds_scores
+from stream_lens.circuits.runs import mean_pruned
 
 CONTROLS = ("exhaustive", "window_sinks", "random")
 """Selectors that every study is held to at its own budget: the oracle, and two that do not look at queries and keys."""
@@ -74,8 +75,7 @@ def run_of(cache: SparseActivationCache, model: Any) -> tuple[Int[Tensor, "batch
 def pruned(caches: Iterable[SparseActivationCache]) -> dict[str, float]:
     """Shares pruned, means over layers and caches: of the causal half, and of what each layer's window shows."""
     masks = [mask for cache in caches for mask in cache.masks().values()]
-    kinds = ("causal", "visible")
-    return {f"pruned_{kind}": sum(mask.sparsity(kind) for mask in masks) / len(masks) for kind in kinds}
+    return {"pruned_causal": mean_pruned(masks, "causal"), "pruned_visible": mean_pruned(masks, "visible")}
 
 
 def noting_pruned(caches: Iterable[SparseActivationCache], shares: list[dict[str, float]]) -> Iterator[Any]:

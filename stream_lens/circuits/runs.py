@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,10 +46,14 @@ def about_masks(model_name: str | None, masks: Iterable[Any]) -> str:
     known = [each if isinstance(each, BlockMask) else each.mask for each in masks if not _is_dense(each)]
     parts = [model_name] if model_name else []
     if known:
-        pruned = sum(float(mask.sparsity("causal")) for mask in known) / len(known)
         parts += [f"T = {known[0].kv_len:,}", f"k = {max(mask.k for mask in known)}"]
-        parts.append(f"{pruned:.1%} of the causal half pruned")
+        parts.append(f"{mean_pruned(known, 'causal'):.1%} of the causal half pruned")
     return ", ".join(parts)
+
+
+def mean_pruned(masks: Sequence[BlockMask], of: str) -> float:
+    """The mean of the masks' `sparsity`."""
+    return sum(mask.sparsity(of) for mask in masks) / len(masks)
 
 
 def _is_dense(pattern: Any) -> bool:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stream_lens.backend import SparseActivationCache, SparsePattern
+from stream_lens.circuits.runs import mean_pruned
 from stream_lens.plots.masks import config_text, mask_image, share_axis, shown_share
 from stream_lens.plots.theme import COLOURS, MARGIN, styled
 
@@ -44,7 +45,7 @@ def head_grid(
         for head in range(pattern.mask.shape[1]):
             figure.add_trace(_small(pattern, mass, place, layer, head, batch, side))
     figure.add_trace(_frames([mask.shape[1] for mask in masks]))
-    pruned = np.mean([mask.sparsity("causal") for mask in masks])
+    pruned = mean_pruned(masks, "causal")
     about = f"T = {masks[0].kv_len:,}, {config_text(cache.info.config)}; {pruned:.1%} of the causal half pruned"
     styled(figure, f"{title}: {cache.info.model_name}<br><sup>{about}; down: queries, across: keys</sup>")
     return _sized(figure, list(patterns), [mask.window for mask in masks], max(mask.shape[1] for mask in masks))

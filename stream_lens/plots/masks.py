@@ -130,20 +130,44 @@ def _heatmap(mask: BlockMask, mass: Tensor | None, head: int, largest: int, *, s
     image, row_tokens, column_tokens = mask_image(mask, mass, head=head, largest=largest)
     what = "share of a row" if mass is not None else "share of blocks kept"
     axis = share_axis(what)
-    return go.Heatmap(
-        z=shown_share(image),
-        x=(np.arange(image.shape[1]) + 0.5) * column_tokens,
-        y=mask.offset + (np.arange(image.shape[0]) + 0.5) * row_tokens,
+    return image_trace(
+        shown_share(image),
+        image,
+        mask.offset,
+        row_tokens,
+        column_tokens,
+        what,
         zmin=axis["cmin"],
         zmax=axis["cmax"],
         colorscale=axis["colorscale"],
         showscale=show_scale,
+        colorbar=axis["colorbar"],
+    )
+
+
+def image_trace(
+    z: Float[np.ndarray, "rows columns"],
+    image: Float[np.ndarray, "rows columns"],
+    offset: int,
+    row_tokens: int,
+    column_tokens: int,
+    what: str,
+    **options: Any,
+) -> go.Heatmap:
+    """An image over query and key positions, coloured by `z`; hovering says `what` the image's own value is.
+
+    A row and a column stand for so many tokens; the first query is at position `offset`. `options` go to plotly.
+    """
+    return go.Heatmap(
+        z=z,
+        x=(np.arange(image.shape[1]) + 0.5) * column_tokens,
+        y=offset + (np.arange(image.shape[0]) + 0.5) * row_tokens,
         customdata=image,
         hovertemplate=(
-            f"queries %{{y:.0f}} ± {row_tokens / 2:.0f}<br>keys %{{x:.0f}} ± {column_tokens / 2:.0f}"
+            f"queries %{{y:.0f}} ± {row_tokens / 2:g}<br>keys %{{x:.0f}} ± {column_tokens / 2:g}"
             f"<br>{what}: %{{customdata:.3g}}<extra></extra>"
         ),
-        colorbar=axis["colorbar"],
+        **options,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 
 from stream_lens.backend import SparseActivationCache, SparsePattern
-from stream_lens.plots.masks import config_text, mask_image, share_axis, shown_share
+from stream_lens.plots.masks import config_text, image_trace, mask_image, share_axis, shown_share
 from stream_lens.plots.theme import COLOURS, pale, panel_grid, styled
 
 LONGEST_DENSE = 8192
@@ -125,9 +125,9 @@ def _panels(pattern: SparsePattern, head: int, batch: int) -> list[go.Heatmap]:
     return [
         _shares(dense, mask.offset, each, each),
         _shares(means, mask.offset, row_tokens, column_tokens),
-        _heatmap(
+        image_trace(
             kept, kept, mask.offset, row_tokens, column_tokens, "share of blocks kept",
-            zmin=0, zmax=1, colorscale=[[0, pale("blue")], [1, COLOURS["blue"]]], showscale=False,
+            hoverongaps=False, zmin=0, zmax=1, colorscale=[[0, pale("blue")], [1, COLOURS["blue"]]], showscale=False,
         ),
         _shares(inside, mask.offset, row_tokens, column_tokens),
     ]  # fmt: skip
@@ -135,24 +135,8 @@ def _panels(pattern: SparsePattern, head: int, batch: int) -> list[go.Heatmap]:
 
 def _shares(image: np.ndarray, offset: int, row_tokens: int, column_tokens: int) -> go.Heatmap:
     what = "share of a query"
-    return _heatmap(shown_share(image), image, offset, row_tokens, column_tokens, what, coloraxis="coloraxis")
-
-
-def _heatmap(
-    z: np.ndarray, image: np.ndarray, offset: int, row_tokens: int, column_tokens: int, what: str, **colour: object
-) -> go.Heatmap:
-    return go.Heatmap(
-        z=z,
-        x=(np.arange(image.shape[1]) + 0.5) * column_tokens,
-        y=offset + (np.arange(image.shape[0]) + 0.5) * row_tokens,
-        customdata=image,
-        hoverongaps=False,
-        hovertemplate=(
-            f"queries %{{y:.0f}} ± {row_tokens / 2:.3g}<br>keys %{{x:.0f}} ± {column_tokens / 2:.3g}"
-            f"<br>{what}: %{{customdata:.3g}}<extra></extra>"
-        ),
-        **colour,
-    )
+    options = {"hoverongaps": False, "coloraxis": "coloraxis"}
+    return image_trace(shown_share(image), image, offset, row_tokens, column_tokens, what, **options)
 
 
 def _pattern(cache: SparseActivationCache, layer: int, head: int) -> SparsePattern:

@@ -18,6 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from stream_lens.files import written_aside
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -77,12 +79,9 @@ def machine() -> dict[str, Any]:
 
 def write_results(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
     """`results/NAME.json`: the machine, what else is said, and the rows."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps({"machine": machine(), **more, "rows": rows}, indent=1) + "\n")
-    os.replace(aside, path)
-    return path
+    text = json.dumps({"machine": machine(), **more, "rows": rows}, indent=1) + "\n"
+    return written_aside(path, lambda aside: aside.write_text(text))
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:

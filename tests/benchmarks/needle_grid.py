@@ -12,7 +12,6 @@ that dense attention fails are counted and left out. Finished cases are kept in 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -25,7 +24,7 @@ import torch
 import stream_lens as sl
 from stream_lens.files import written_aside
 from stream_lens.sweep import cell_name, sweep
-from tests.benchmarks.measuring import RESULTS
+from tests.benchmarks.measuring import RESULTS, write_results
 from tests.benchmarks.needle_budget import DENSE, prompt_and_answer, run_every_layer
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -151,13 +150,9 @@ def write(frame: pd.DataFrame, name: str) -> None:
     """The summary as a file, and over depths on the screen."""
     table = summary(frame)
     dense = frame[frame.selector == "dense"].groupby("length").found.agg(["sum", "size"])
-    result = {
-        "model": "gemma-3-270m",
-        "dtype": "bfloat16",
-        "dense": [{"length": n, "found": int(row["sum"]), "n": int(row["size"])} for n, row in dense.iterrows()],
-        "rows": table.to_dict("records"),
-    }
-    (RESULTS / f"{name}.json").write_text(json.dumps(result) + "\n")
+    found = [{"length": n, "found": int(row["sum"]), "n": int(row["size"])} for n, row in dense.iterrows()]
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")  # JSON has no NaN
+    write_results(name, rows, model="gemma-3-270m", dtype="bfloat16", dense=found)
     overall = table.groupby(["length", "selector", "fraction"], sort=False, dropna=False)
     shown = overall.agg(found=("found", "sum"), n=("n", "sum"), pruned_global=("pruned_global", "mean"))
     print(dense.to_string(), shown.reset_index().to_string(index=False), sep="\n")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,12 @@ DOCUMENTS = ("README.md", "docs/selection.md")
 
 def architectures() -> str:
     """The supported bridges."""
-    rows = [f"| {name} | {what} |" for name, what in TESTED.items()]
-    return "\n".join(["| architecture | particular about it |", "|---|---|", *rows])
+    return _markdown(("architecture", "particular about it"), TESTED.items())
+
+
+def _markdown(headings: Collection[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
 def figures() -> str:
@@ -45,9 +49,8 @@ def _where(result: dict[str, Any]) -> str:
 
 def _table(title: str, result: dict[str, Any], columns: dict[str, Callable[[dict[str, Any]], str]]) -> str:
     """A title with the machine, and one line a row; `columns` are headings and what stands under them."""
-    lines = [f"{title} ({_where(result)}):", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in result["rows"]]
-    return "\n".join(lines)
+    rows = ([cell(row) for cell in columns.values()] for row in result["rows"])
+    return f"{title} ({_where(result)}):\n\n{_markdown(columns, rows)}"
 
 
 def _number(field: str, form: str = ".1f", unit: str = "") -> Callable[[dict[str, Any]], str]:
@@ -149,17 +152,12 @@ def needles() -> str:
         if row["selector"] == "stream":
             pruned[where] = row["pruned_global"]
     ways = list(dict.fromkeys(row["selector"] for row in result["rows"]))
-    lines = [
-        f"Dense finds {dense} tokens.",
-        "",
-        f"| T | share | pruned | {' | '.join(ways)} |",
-        "|---" * (3 + len(ways)) + "|",
-    ]
+    rows = []
     for (length, fraction), found_of in sorted(cells.items()):
         shown = [f"{found_of[way][0]} of {found_of[way][1]}" if way in found_of else "–" for way in ways]
         share = f"{pruned[length, fraction]:.1%}" if (length, fraction) in pruned else "–"
-        lines.append(f"| {length:,} | {fraction:.0%} | {share} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+        rows.append([f"{length:,}", f"{fraction:.0%}", share, *shown])
+    return f"Dense finds {dense} tokens.\n\n{_markdown(['T', 'share', 'pruned', *ways], rows)}"
 
 
 _MARKED = {"figures": figures, "architectures": architectures, "needles": needles}

@@ -14,11 +14,11 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
 from stream_lens.blocks import FractionOfPrefix, StreamConfig, block_sparse_attention, select_blocks
+from stream_lens.plots.scaling import slope as exponent
 from tests.benchmarks.layer import SHAPES, inputs, plain, require_operator, timed
 from tests.benchmarks.measuring import machine, peak_bytes, write_results
 
@@ -46,10 +46,7 @@ def measure(shape: str, length: int, config: StreamConfig, kind: str, options: a
 def slope(rows: list[dict[str, Any]], field: str) -> float | None:
     """The exponent of `field` in the number of tokens."""
     points = [(row["tokens"], row[field]) for row in rows if row[field]]
-    if len(points) < 3:
-        return None
-    tokens, values = zip(*points, strict=True)
-    return float(np.polyfit(np.log(tokens), np.log(values), 1)[0])
+    return exponent(pd.DataFrame(points, columns=["T", field]), field)
 
 
 def main() -> None:
