@@ -39,6 +39,7 @@ class MaskDiff:
         by: "block" or "segment".
         pairs, control_pairs: how many stand behind the figures.
         test: of the p values.
+        about: model, T, k and pruned share of the first successful run, for titles; empty where that is not known.
     """
 
     cells: pd.DataFrame
@@ -49,6 +50,7 @@ class MaskDiff:
     pairs: int
     control_pairs: int
     test: str
+    about: str = ""
 
     def to_frame(self) -> pd.DataFrame:
         """`cells` with query_label and key_label, the largest differences first."""
@@ -126,6 +128,7 @@ def mask_diff(
         pairs=pairs,
         control_pairs=len(control),
         test=test,
+        about=ours[0].about,
     )
 
 

@@ -59,6 +59,7 @@ class MinimalK:
         trials: every sparse run, in order.
         passes: forwards of the whole input, the dense ones counted.
         n_tokens: T of the input.
+        about: the model's name, for titles; empty where it has none.
     """
 
     k: int
@@ -71,6 +72,7 @@ class MinimalK:
     trials: tuple[Trial, ...]
     passes: int
     n_tokens: int
+    about: str = ""
 
     @property
     def kept_fraction(self) -> float:
@@ -164,6 +166,7 @@ def minimal_k(
         trials=tuple(search.trials),
         passes=2 + len(search.trials) * (1 + by_generating),
         n_tokens=tokens.shape[-1],
+        about=model.cfg.model_name or "",
     )
 
 

@@ -31,6 +31,7 @@ class RunCells:
         layers: the number of each layer.
         geometry: what runs must share to be compared.
         rows: queries that hold a token.
+        about: model, T, k and pruned share, for titles.
     """
 
     number: Int[np.ndarray, " cell"]
@@ -41,6 +42,7 @@ class RunCells:
     key_labels: tuple[str, ...]
     geometry: str
     rows: int
+    about: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,5 +144,14 @@ def _cells(run: Run, queries: Nodes, keys: Nodes, geometry: str) -> RunCells:
         mass = np.full(len(place[0]), np.nan) if isinstance(pattern, BlockMask) else sums.mass[there]
         shares.append(mass / size[place[2]])
     rows = int((size > 0).sum())
-    labels = (queries.labels, keys.labels)
-    return RunCells(np.concatenate(numbers), np.concatenate(shares), shape, tuple(run.layers), *labels, geometry, rows)
+    return RunCells(
+        np.concatenate(numbers),
+        np.concatenate(shares),
+        shape,
+        tuple(run.layers),
+        queries.labels,
+        keys.labels,
+        geometry,
+        rows,
+        run.about,
+    )

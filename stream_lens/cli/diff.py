@@ -75,4 +75,4 @@ def diff_command(
             "One pair says nothing about chance: give folders of several for p values and random pairs beside them.",
             style="dim",
         )
-    write_result(console, result, out, "diff", title=f"{about}<br>Success − failure")
+    write_result(console, result, out, "diff")

@@ -55,14 +55,14 @@ def title_of(caches: Sequence[Any], model: str | None = None) -> str:
     return f"{model or info.model_name}, T = {tokens}{choices}, {share:.1%} of the causal half pruned"
 
 
-def write_result(console: Console, result: Any, out: Path, name: str, *, title: str | None = None) -> None:
-    """`name`.csv, .json and .html in `out`; the picture has the title, or its own."""
+def write_result(console: Console, result: Any, out: Path, name: str) -> None:
+    """`name`.csv, .json and .html in `out`."""
     from stream_lens.plots import write_html
 
     out.mkdir(parents=True, exist_ok=True)
     result.to_frame().to_csv(out / f"{name}.csv", index=False)
     written_aside(out / f"{name}.json", lambda aside: aside.write_text(result.to_json()))
-    write_html(result.plot() if title is None else result.plot(title=title), out / f"{name}.html")
+    write_html(result.plot(), out / f"{name}.html")
     console.print(f"Files: {out / name}.csv, .json, .html", highlight=False, soft_wrap=True)
 
 

@@ -100,7 +100,7 @@ def minimal_k_command(
             "controls",
             hidden=("texts",),
         )
-    write_result(console, result, out, "minimal_k", title=f"{model}: minimal k")
+    write_result(console, result, out, "minimal_k")
 
 
 def _print_answer(console: Console, prompt: Any, result: Any) -> None:

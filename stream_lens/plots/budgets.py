@@ -63,8 +63,9 @@ def minimal_k(result: MinimalK, title: str = "Minimal k") -> go.Figure:
         figure.update_yaxes(title_text="layer", type="category", row=1, col=2)
         figure.update_layout(legend={"orientation": "h", "y": -0.2})
     below = "k − 1 loses the answer" if result.fails_below else "k − 1 was not tried"
-    about = f"T = {result.n_tokens}; {result.kept_fraction:.1%} of the last row's keys; {below}"
-    return styled(figure, f"{title} = {result.k}<br><sup>{about}; {result.passes} forwards</sup>")
+    sizes = f"T = {result.n_tokens:,}, blocks of {result.config.q_block} × {result.config.k_block}"
+    about = f"{sizes}; {result.kept_fraction:.1%} of the last row's keys; {below}; {result.passes} forwards"
+    return styled(figure, f"{titled(f'{title} = {result.k}', result.about)}<br><sup>{about}</sup>")
 
 
 def attribution(result: GateAttribution, title: str = "Gate attribution", *, top: int = 20) -> go.Figure:

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from stream_lens.circuits.mask_diff import MaskDiff
-from stream_lens.plots.theme import DIVERGING, SCALE, panel_grid, styled
+from stream_lens.plots.theme import DIVERGING, SCALE, panel_grid, styled, titled
 
 LARGEST_SIDE = 512
 _CHANGES = [DIVERGING[0], [0.5, "#D4D4D4"], DIVERGING[-1]]  # a grey that stands out from cells that neither keeps
@@ -57,8 +57,8 @@ def _heads(result: MaskDiff, title: str) -> go.Figure:
     figure.update_xaxes(title_text="head", showgrid=False, dtick=1 if frame["head"].nunique() <= 20 else None)
     figure.update_yaxes(type="category", showgrid=False, showticklabels=False)
     figure.update_yaxes(title_text="layer", showticklabels=True, row=1, col=1)
-    pairs = f"mean over {_pairs(result)}, by {result.by}"
-    styled(figure, f"{title}: kept cells by head<br><sup>{pairs}; control: random pairs of one group</sup>")
+    pairs = f"kept cells by head, mean over {_pairs(result)}, by {result.by}"
+    styled(figure, f"{titled(title, result.about)}<br><sup>{pairs}; control: random pairs of one group</sup>")
     return figure.update_layout(margin={"t": 130, "r": 90}, height=figure.layout.height + 30)
 
 
@@ -125,5 +125,5 @@ def _one(result: MaskDiff, head: tuple[int, int], title: str) -> go.Figure:
     figure.update_xaxes(title_text=f"key {result.by}")
     figure.update_yaxes(title_text=f"query {result.by}", autorange="reversed")
     figure.update_layout(plot_bgcolor="white")
-    subtitle = f"blue: success alone, red: failure alone, grey: both; {_pairs(result)}"
-    return styled(figure, f"{title}: layer {head[0]}, head {head[1]}<br><sup>{subtitle}</sup>", height=620)
+    subtitle = f"layer {head[0]}, head {head[1]}; blue: success alone, red: failure alone, grey: both; {_pairs(result)}"
+    return styled(figure, f"{titled(title, result.about)}<br><sup>{subtitle}</sup>", height=620)

@@ -5,15 +5,17 @@
 Gemma 3 270M, every layer pruned. A budget is a share of the blocks of the causal half: spent as one k for all rows, or
 as the same share of every row's prefix (`FractionOfPrefix`), with the same total. A case counts as found if every digit
 of the answer is the most likely next token after the prompt, a colon and the digits before: one forward a case. Cases
-that dense attention fails are counted and left out. Finished cases are kept in a folder, and in
-`results/needle_grid_cases.parquet`, so a run that was stopped goes on, on another machine too.
+that dense attention fails are counted and left out. Finished cases are kept in a folder, so a run that was stopped goes
+on. What `results/needle_grid_cases.parquet` has of a case is not run again, on another machine either; to run more ways
+of finished cases, name a new folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ import pandas as pd
 import torch
 
 import stream_lens as sl
-from stream_lens.files import written_aside
 from stream_lens.sweep import cell_name, sweep
 from tests.benchmarks.measuring import RESULTS, write_results
 from tests.benchmarks.needle_budget import DENSE, prompt_and_answer, run_every_layer
@@ -31,22 +32,15 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FRACTIONS = (0.02, 0.05, 0.1, 0.2)
 CASES = RESULTS / "needle_grid_cases.parquet"
 FRACTION_SCHEDULE = "stream, fraction of prefix"
-WAYS = {
-    "stream": FRACTIONS,
-    FRACTION_SCHEDULE: FRACTIONS,
-    "exhaustive": FRACTIONS,
-    "window_sinks": (0.05, 0.2),
-    "random": (0.05, 0.2),
-}
-LONG_WAYS = {
-    "stream": (0.02, 0.05, 0.1),
-    FRACTION_SCHEDULE: (0.02, 0.05),
-    "exhaustive": (0.05,),
-    "window_sinks": (0.05,),
-    "random": (0.05,),
-}
-"""What is run beyond 2,000 tokens, where a case takes minutes."""
-BEYOND = 2000
+SELECTORS = ("stream", FRACTION_SCHEDULE, "exhaustive", "window_sinks", "random")
+WAYS = dict.fromkeys(SELECTORS, FRACTIONS)
+LONG_WAYS = {**dict.fromkeys(SELECTORS, (0.05,)), "stream": (0.02, 0.05, 0.1), FRACTION_SCHEDULE: (0.02, 0.05)}
+"""What is run beyond 8,000 tokens, where a case takes a quarter of an hour."""
+BEYOND = 8000
+MEASURED = ["found", "log_probability", "pruned", "pruned_global"]
+
+Known = Mapping[tuple[int, float, int], Mapping[tuple[str, float | None], Mapping[str, Any]]]
+"""By length, depth and seed of a case, then by selector and share: what an earlier run measured."""
 
 
 def cells(lengths: tuple[int, ...], once: tuple[int, ...], cases: int) -> list[dict[str, Any]]:
@@ -70,27 +64,33 @@ def config(way: str, fraction: float, tokens: int) -> sl.StreamConfig:
     return sl.StreamConfig(k=max(2, constant_k(fraction, tokens)), selector=way)
 
 
-def study(model: Any, cell: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The dense run, and if it finds the needle every way of pruning."""
-    ids, digits = prompt_and_answer(model, cell["length"], cell["depth"], cell["seed"])
-    rows = [{"selector": "dense", "fraction": None, "k": None, **run_every_layer(model, DENSE, ids, digits)}]
-    if not rows[0]["found"]:
-        return rows
+def ways(cell: Mapping[str, Any], tokens: int) -> Iterator[tuple[str, float | None, sl.StreamConfig]]:
+    """Selector, share and configuration of every run of a case, the dense one first."""
+    yield "dense", None, DENSE
     if "constant" in cell:
-        chosen = sl.StreamConfig(k=cell["constant"])
-        return [
-            *rows,
-            {"selector": "stream", "fraction": None, "k": chosen.k, **run_every_layer(model, chosen, ids, digits)},
-        ]
-    ran: dict[str, dict[str, Any]] = {}  # small budgets of short texts come to the same k
-    for way, fractions in (LONG_WAYS if cell["length"] > BEYOND else WAYS).items():
+        yield "stream", None, sl.StreamConfig(k=cell["constant"])
+        return
+    for selector, fractions in (LONG_WAYS if cell["length"] > BEYOND else WAYS).items():
         for fraction in fractions:
-            chosen = config(way, fraction, ids.shape[1])
-            name = str(chosen)
-            if name not in ran:
-                ran[name] = run_every_layer(model, chosen, ids, digits)
-            k = chosen.k if isinstance(chosen.k, int) else None
-            rows.append({"selector": way, "fraction": fraction, "k": k, **ran[name]})
+            yield selector, fraction, config(selector, fraction, tokens)
+
+
+def study(model: Any, cell: Mapping[str, Any], known: Known) -> list[dict[str, Any]]:
+    """The dense run, and if it finds the needle every way of pruning; what is known is not run again."""
+    ids, digits = prompt_and_answer(model, cell["length"], cell["depth"], cell["seed"])
+    before = {} if "constant" in cell else known.get((cell["length"], cell["depth"], cell["seed"]), {})
+    listed = list(ways(cell, ids.shape[1]))
+    # By configuration: small budgets of short texts come to the same k.
+    ran = {str(chosen): before[way, share] for way, share, chosen in listed if (way, share) in before}
+    rows: list[dict[str, Any]] = []
+    for selector, fraction, chosen in listed:
+        name = str(chosen)
+        if name not in ran:
+            ran[name] = run_every_layer(model, chosen, ids, digits)
+        k = chosen.k if isinstance(chosen.k, int) and chosen is not DENSE else None
+        rows.append({"selector": selector, "fraction": fraction, "k": k, **ran[name]})
+        if not rows[0]["found"]:
+            break
     return rows
 
 
@@ -105,16 +105,19 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def restore(folder: Path, listed: list[dict[str, Any]]) -> None:
-    """Put cases of the stored file into the folder of finished ones, where they are missing."""
+def stored() -> Known:
+    """The cases of the stored file."""
     if not CASES.exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = dict(iter(pd.read_parquet(CASES).groupby(["length", "depth", "seed"])))
-    for cell in listed:
-        rows, path = stored.get((cell["length"], cell["depth"], cell["seed"])), folder / f"{cell_name(cell)}.parquet"
-        if rows is not None and not path.exists():
-            written_aside(path, partial(rows.to_parquet, index=False))
+        return {}
+    frame = pd.read_parquet(CASES)
+    fractions = frame.fraction.astype(object).where(frame.fraction.notna(), None)
+    measured = frame[MEASURED].to_dict("records")
+    known: dict[Any, dict[Any, Any]] = defaultdict(dict)
+    for *case, selector, fraction, row in zip(
+        frame.length, frame.depth, frame.seed, frame.selector, fractions, measured, strict=True
+    ):
+        known[tuple(case)][selector, fraction] = row
+    return dict(known)
 
 
 def main() -> None:
@@ -136,11 +139,9 @@ def main() -> None:
     if options.constant:
         listed = [{**cell, "constant": options.constant} for cell in listed]
         name = f"needle_grid_k{options.constant}"
-    else:
-        restore(options.folder, listed)
     if options.finished:
         listed = [cell for cell in listed if (options.folder / f"{cell_name(cell)}.parquet").exists()]
-    frame = sweep(loader, listed, study, out=options.folder, n_jobs=options.jobs)
+    frame = sweep(loader, listed, partial(study, known=stored()), out=options.folder, n_jobs=options.jobs)
     write(frame, name)
     if not options.constant:
         frame.to_parquet(CASES, index=False)

@@ -74,7 +74,7 @@ def minimal_of(budgets: bool = False) -> MinimalK:
         Trial(7, None, None, 2, True, 0.2, 1.0),
     )
     own = {(layer, head): layer + head + 1 for layer in range(3) for head in range(4)} if budgets else {}
-    return MinimalK(7, True, True, own, StreamConfig(k=7), (1, 2), 5.0, trials, 7, 2000)
+    return MinimalK(7, True, True, own, StreamConfig(k=7), (1, 2), 5.0, trials, 7, 2000, "a model")
 
 
 def attribution_of() -> GateAttribution:
@@ -170,6 +170,7 @@ def test_mask_diff_of_heads_and_of_one_head() -> None:
     one, other = masks_of(0), masks_of(1)
     result = mask_diff(one, other)
     figure = plots.mask_diff(result)
+    assert f"T = {one[0].kv_len}, k = " in figure.layout.title.text
     for layer in one:
         added = (one[layer] - other[layer]).kept.sum((0, 2, 3))
         np.testing.assert_array_equal(figure.data[0].z[layer], added)
@@ -187,7 +188,8 @@ def test_minimal_k_tells_kept_from_lost() -> None:
     points = {trace.name: dict(zip(trace.x, trace.y, strict=True)) for trace in figure.data if trace.name}
     assert set(points["answer kept"]) == {7, 8, 16}
     assert points["answer lost"] == {4: 1.4, 6: 0.6}
-    assert "= 7" in figure.layout.title.text
+    assert "Minimal k = 7: a model" in figure.layout.title.text
+    assert "T = 2,000" in figure.layout.title.text
     heat = plots.minimal_k(minimal_of(budgets=True)).data[-1]
     assert heat.z[2][3] == 6
 
