@@ -73,6 +73,11 @@ def attend(layer: StreamedLayer, pattern: Tensor, values: Float[Tensor, "batch k
     layer.runs += 1
     if not isinstance(pattern, SparsePattern):
         return _dense_edit(layer, made, pattern, values)
+    if any(bool((ones != 1).any()) for ones in pattern.ones_given_):
+        raise RuntimeError(
+            f"{layer.name}: what pattern.gate gave was changed in place, which the pattern does not see: use "
+            "pattern.scale_(factor, heads=…), or return pattern.with_gate(gate)."
+        )
     data = pattern.data_
     if _place(data) != _place(made.data_) or data.present != (0, 1, 2, 3):
         raise ValueError(

@@ -7,12 +7,17 @@ TransformerLens code has both:
 - *drop* / *keep* blocks: before the softmax, the rest renormalises (attention knock-out).
 - *scale*, or ``pattern[:, head] = 0``: after the softmax, nothing renormalises (what zeroing a dense pattern does).
 
+As in torch, ``pattern[:, 3]`` is a view, whose edits reach the pattern, and ``pattern[:, [3]]`` a copy. Unlike in torch
+`detach` gives a copy; while the layer runs, an edit of it raises, since the model would not see it.
+
 Patching one run's pattern into another, ``corrupted[:, head] = clean[:, head]``, moves the clean run's probabilities:
 they are computed from the clean queries and keys, which a pattern holds unless it was cached with `keep_scores=False`.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,25 +26,59 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stream_lens.backend.lazy_tensor import DenseNeededError
-from stream_lens.backend.pattern_data import PatternData, block_mass, masked, probabilities, row_slice, sliced
-from stream_lens.backend.pattern_index import PatternIndexError, parse_index
+from stream_lens.backend.pattern_data import (
+    PatternData,
+    block_mass,
+    cached_copy,
+    gate_of,
+    masked,
+    probabilities,
+    row_slice,
+    sliced,
+)
+from stream_lens.backend.pattern_index import PatternIndex, PatternIndexError, parse_index
 from stream_lens.blocks import BlockMask
 
 
 class SparsePattern(torch.Tensor):
     """A block-sparse attention pattern in the place of a dense one. See the module's text for what edits mean."""
 
-    data_: PatternData
+    own_data_: PatternData
+    view_of_: tuple[SparsePattern, PatternIndex] | None
+    """The pattern that this is a view of, and where in it."""
+    seen_: PatternData | None
+    """That pattern's data when this view's was cut from it."""
+    copy_of_: weakref.ref[SparsePattern] | None
+    """The running layer's pattern that this is a detached copy of; it is gone once the layer has run."""
+    ones_given_: list[Tensor]
+    """Gates of ones handed out, which must come back as ones."""
 
     @staticmethod
-    def __new__(cls, data: PatternData) -> SparsePattern:
+    def __new__(cls, data: PatternData, view_of: tuple[SparsePattern, PatternIndex] | None = None) -> SparsePattern:
         shape = tuple(data.mask.shape[axis] for axis in data.present)
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=data.dtype, device=data.mask.indices.device)
-        made.data_ = data
+        made.own_data_, made.view_of_, made.seen_ = data, view_of, None if view_of is None else view_of[0].data_
+        made.copy_of_, made.ones_given_ = None, []
         return made
 
-    def __init__(self, data: PatternData) -> None:
+    def __init__(self, data: PatternData, view_of: tuple[SparsePattern, PatternIndex] | None = None) -> None:
         super().__init__()
+
+    @property
+    def data_(self) -> PatternData:
+        """All that it is; of a view, cut again when the pattern it is a view of has changed."""
+        if self.view_of_ is not None:
+            whole, where = self.view_of_
+            if whole.data_ is not self.seen_:
+                self.seen_ = whole.data_
+                self.own_data_ = replace(row_slice(self.seen_, where), present=self.own_data_.present)
+        return self.own_data_
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparsePattern:
+        return SparsePattern(self.data_)  # edits make new data, so that copies may share it
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return SparsePattern, (cached_copy(self.data_, keep_scores=True),)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,9 +109,17 @@ class SparsePattern(torch.Tensor):
 
     @property
     def gate(self) -> Float[Tensor, "batch head q_blocks k"]:
-        """Factor on each kept block's probabilities after the softmax; 1 where nothing was edited."""
-        data = self.data_
-        return torch.ones(data.mask.indices.shape, device=self.device) if data.gate is None else data.gate
+        """Factor on each kept block's probabilities after the softmax; 1 where nothing was edited.
+
+        To change it use `scale` or `with_gate`.
+        """
+        if self.data_.gate is not None:
+            return self.data_.gate
+        ones, whole = gate_of(self.data_), self
+        while whole.view_of_ is not None:
+            whole = whole.view_of_[0]
+        whole.ones_given_.append(ones)
+        return ones
 
     @property
     def block_mass(self) -> Float[Tensor, "*batch_head q_blocks k"]:
@@ -100,7 +147,7 @@ class SparsePattern(torch.Tensor):
         return sum(scores.nbytes for scores in self.data_.sources if scores is not None)
 
     def to_dense(
-        self, rows: slice = slice(None), heads: slice | list[int] | int = slice(None)
+        self, rows: slice = slice(None), heads: slice | Sequence[int] | int = slice(None)
     ) -> Float[Tensor, "*batch_head rows key"]:
         """Probabilities of some rows and heads, the gate applied: 0 where a block is dropped.
 
@@ -111,14 +158,16 @@ class SparsePattern(torch.Tensor):
         Raises:
             NoScoresError: the pattern was cached with keep_scores=False; `pattern.mask.to_dense()` and
                 `pattern.block_mass` still work.
+            PatternIndexError: `rows` or `heads` is no such thing, or out of range.
         """
+        if not isinstance(rows, slice):
+            raise PatternIndexError(
+                f"rows={rows!r} is not allowed: give a slice of query tokens, as in slice(-32, None)."
+            )
         data = self.data_
-        present = list(data.present)
-        if isinstance(heads, int):
-            present = [axis for axis in present if axis != 1]
-            heads = [heads]
-        chosen = list(range(data.mask.shape[1]))[heads] if isinstance(heads, slice) else heads
-        part = sliced(data, list(range(data.mask.shape[0])), chosen, slice(0, data.mask.q_blocks))
+        where = parse_index((slice(None), heads), data.mask.shape, (0, 1, 2, 3))
+        present = [axis for axis in data.present if axis not in where.dropped]
+        part = sliced(data, where.batch, where.heads, slice(0, data.mask.q_blocks))
         dense = probabilities(part, rows)
         taken = tuple(0 if axis not in present else slice(None) for axis in (0, 1))
         dense = dense[taken].to(self.dtype)
@@ -132,15 +181,33 @@ class SparsePattern(torch.Tensor):
                 "a SparsePattern cannot be cut along keys: use pattern.to_dense(rows=slice(…), heads=[…])[..., keys], "
                 "or pattern.mask for the kept blocks."
             )
-        data = row_slice(data, where)
-        return SparsePattern(replace(data, present=tuple(axis for axis in data.present if axis not in where.dropped)))
+        part = replace(
+            row_slice(data, where), present=tuple(axis for axis in data.present if axis not in where.dropped)
+        )
+        return SparsePattern(part, None if where.copies else (self, where))
 
     # Editing; the names that end in _ change this pattern, the others return a new one
 
     def __setitem__(self, index: Any, value: Any) -> None:
         from stream_lens.backend.pattern_edit import assigned
 
-        self.data_ = assigned(self.data_, index, value)
+        self.become_(assigned(self.data_, index, value))
+
+    def become_(self, data: PatternData) -> SparsePattern:
+        """This pattern with other data, which the pattern that it is a view of gets too."""
+        from stream_lens.backend.pattern_edit import put_back
+
+        if self.copy_of_ is not None and self.copy_of_() is not None:
+            raise RuntimeError(
+                "this is a detached copy of a pattern whose layer is running, which would not see the edit: edit the "
+                "pattern that the hook was given."
+            )
+        if self.view_of_ is None:
+            self.own_data_ = data
+        else:
+            whole, where = self.view_of_
+            whole.become_(put_back(whole.data_, where, data))
+        return self
 
     def drop(
         self, blocks: BlockMask | Bool[Tensor, "batch head q_blocks k"] | None = None, **where: Any
@@ -171,22 +238,20 @@ class SparsePattern(torch.Tensor):
         from stream_lens.backend.pattern_edit import slots
 
         chosen = slots(self.data_, blocks, where)
-        return self.with_gate(torch.where(chosen, self.gate * factor, self.gate))
+        gate = gate_of(self.data_)
+        return self.with_gate(torch.where(chosen, gate * factor, gate))
 
     def drop_(self, blocks: Any = None, **where: Any) -> SparsePattern:
         """`drop`, in place."""
-        self.data_ = self.drop(blocks, **where).data_
-        return self
+        return self.become_(self.drop(blocks, **where).data_)
 
     def keep_(self, blocks: Any = None, **where: Any) -> SparsePattern:
         """`keep`, in place."""
-        self.data_ = self.keep(blocks, **where).data_
-        return self
+        return self.become_(self.keep(blocks, **where).data_)
 
     def scale_(self, factor: float, blocks: Any = None, **where: Any) -> SparsePattern:
         """`scale`, in place."""
-        self.data_ = self.scale(factor, blocks, **where).data_
-        return self
+        return self.become_(self.scale(factor, blocks, **where).data_)
 
     def with_gate(self, gate: Float[Tensor, "batch head q_blocks k"]) -> SparsePattern:
         """With a gate of your own, such as one that requires grad (`stream_lens.circuits.attribution`)."""

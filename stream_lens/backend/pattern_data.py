@@ -70,6 +70,12 @@ def masked(data: PatternData, mask: BlockMask, **changes: Any) -> PatternData:
     return replace(data, mask=mask, cell=MassCell(mask), edited=True, **changes)
 
 
+def gate_of(data: PatternData) -> Float[Tensor, "batch head q_blocks k"]:
+    """The gate, ones where there is none."""
+    indices = data.mask.indices
+    return torch.ones(indices.shape, device=indices.device) if data.gate is None else data.gate
+
+
 def is_whole(data: PatternData) -> bool:
     """Whether it covers all that its cell does, in order."""
     return data.cell.mask is data.mask and data.cell_rows == whole_rows(data.mask)

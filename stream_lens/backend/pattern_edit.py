@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from stream_lens.backend.pattern import SparsePattern
-from stream_lens.backend.pattern_data import PatternData, masked
+from stream_lens.backend.pattern_data import PatternData, gate_of, masked
 from stream_lens.backend.pattern_index import PatternIndex, PatternIndexError, block_span, parse_index
 from stream_lens.backend.scores import Scores
 from stream_lens.blocks import BlockMask
@@ -26,7 +26,10 @@ def slots(
     mask = data.mask
     whole = slice(None)
     index = parse_index(
-        tuple(where.get(name, whole) for name in ("batch", "heads", "rows", "keys")), mask.shape, (0, 1, 2, 3)
+        tuple(where.get(name, whole) for name in ("batch", "heads", "rows", "keys")),
+        mask.shape,
+        (0, 1, 2, 3),
+        crossed=True,
     )
     chosen = _slots_at(data, index)
     if isinstance(blocks, BlockMask):
@@ -63,14 +66,23 @@ def assigned(data: PatternData, index: Any, value: Any) -> PatternData:
     if isinstance(value, Tensor) and value.ndim == 0:
         value = value.item()
     if isinstance(value, int | float) and value == 0:
-        gate = torch.ones(data.mask.indices.shape, device=data.mask.indices.device) if data.gate is None else data.gate
-        return replace(data, gate=torch.where(_slots_at(data, where), 0.0, gate), edited=True)
+        return replace(data, gate=torch.where(_slots_at(data, where), 0.0, gate_of(data)), edited=True)
     given = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
     raise PatternIndexError(
         f"a part of a SparsePattern can be set to 0 or to a part of another SparsePattern; got {given}. To multiply "
         "probabilities use pattern.scale(factor, heads=…); to put in a dense pattern return a dense "
         "[batch, head, query, key] tensor from the hook."
     )
+
+
+def put_back(data: PatternData, where: PatternIndex, part: PatternData) -> PatternData:
+    """The pattern with an edited view of it in its place."""
+    if part.cell is not data.cell:  # other blocks or scores than the pattern's own
+        return _patched(data, where, SparsePattern(part))
+    rows = block_span("query", where.rows, data.mask.q_len, data.mask.q_block)
+    gate = gate_of(data).clone()
+    gate[_grid(where, rows, gate.device)] = gate_of(part).to(gate)
+    return replace(data, gate=gate, edited=True)
 
 
 def _patched(data: PatternData, where: PatternIndex, value: SparsePattern) -> PatternData:
@@ -103,10 +115,8 @@ def _patched(data: PatternData, where: PatternIndex, value: SparsePattern) -> Pa
     indices[at] = _widened(theirs.mask.indices, width, -1).to(indices.device)
     gate = None
     if data.gate is not None or theirs.gate is not None:
-        ours = torch.ones(mask.indices.shape, device=indices.device) if data.gate is None else data.gate
-        other = torch.ones(theirs.mask.indices.shape, device=indices.device) if theirs.gate is None else theirs.gate
-        gate = _widened(ours, width, 1.0).clone()
-        gate[at] = _widened(other, width, 1.0).to(gate)
+        gate = _widened(gate_of(data), width, 1.0).clone()
+        gate[at] = _widened(gate_of(theirs), width, 1.0).to(gate)
     return masked(data, replace(mask, indices=indices), gate=gate, sources=sources, source_of=source_of)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from stream_lens.backend.layer import attend_pattern
 from stream_lens.backend.lazy_tensor import METADATA, DenseNeededError, Marker, target_of_to
 from stream_lens.backend.pattern import SparsePattern
 from stream_lens.backend.pattern_data import cached_copy, moved
+from stream_lens.backend.pattern_index import parse_index
 
 
 def pattern_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -33,8 +35,10 @@ def pattern_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _detach(pattern: SparsePattern) -> SparsePattern:
     run = pattern.data_.run
-    keep_scores = getattr(run, "keep_scores", True)
-    return SparsePattern(cached_copy(pattern.data_, keep_scores))
+    copy = SparsePattern(cached_copy(pattern.data_, getattr(run, "keep_scores", True)))
+    running = getattr(run, "pattern", None)
+    copy.copy_of_ = pattern.copy_of_ if running is None else weakref.ref(running)
+    return copy
 
 
 def _to(pattern: SparsePattern, *args: Any, **kwargs: Any) -> SparsePattern:
@@ -44,7 +48,11 @@ def _to(pattern: SparsePattern, *args: Any, **kwargs: Any) -> SparsePattern:
         data = moved(data, device)
     if dtype is not None:
         data = replace(data, dtype=dtype)
-    return pattern if data is pattern.data_ else SparsePattern(data)
+    if data is pattern.data_:
+        return pattern
+    moved_copy = SparsePattern(data)
+    moved_copy.copy_of_ = pattern.copy_of_
+    return moved_copy
 
 
 def _matmul(pattern: Any, values: Any) -> Any:
@@ -65,8 +73,7 @@ def _times(pattern: Any, factor: Any) -> SparsePattern:
 
 
 def _in_place_times(pattern: SparsePattern, factor: Any) -> SparsePattern:
-    pattern.data_ = _times(pattern, factor).data_
-    return pattern
+    return pattern.become_(_times(pattern, factor).data_)
 
 
 def _where(condition: Any, given: Any, otherwise: Any) -> Any:
@@ -87,14 +94,29 @@ def _squeeze(pattern: SparsePattern, dim: int) -> SparsePattern:
         return pattern
     if axis > 2:
         raise DenseNeededError("the key axis of a SparsePattern cannot be squeezed.")
-    return SparsePattern(replace(pattern.data_, present=tuple(a for a in pattern.data_.present if a != axis)))
+    return _view(pattern, tuple(a for a in pattern.data_.present if a != axis))
 
 
 def _unsqueeze(pattern: SparsePattern, dim: int) -> SparsePattern:
     present = pattern.data_.present
     if dim != 0 or present[0] == 0:
         raise DenseNeededError("a SparsePattern can only get its batch axis back: pattern.unsqueeze(0).")
-    return SparsePattern(replace(pattern.data_, present=(present[0] - 1, *present)))
+    return _view(pattern, (present[0] - 1, *present))
+
+
+def _view(pattern: SparsePattern, present: tuple[int, ...]) -> SparsePattern:
+    """All of a pattern with other axes."""
+    data = pattern.data_
+    return SparsePattern(replace(data, present=present), (pattern, parse_index((), data.mask.shape, data.present)))
+
+
+def _set(pattern: Any, index: Any, value: Any) -> None:
+    if not isinstance(pattern, SparsePattern):
+        raise DenseNeededError(
+            "a part of a SparsePattern cannot be written into a dense pattern as it is: make it dense first, as in "
+            "dense[:, 2] = sparse.to_dense(heads=2), or stream both runs."
+        )
+    pattern[index] = value
 
 
 def _clone(pattern: SparsePattern, **_: Any) -> SparsePattern:
@@ -112,7 +134,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.float: lambda pattern: _to(pattern, torch.float32),
     Tensor.type_as: lambda pattern, other: _to(pattern, other.dtype),
     Tensor.__getitem__: lambda pattern, index: SparsePattern.__getitem__(pattern, index),
-    Tensor.__setitem__: lambda pattern, index, value: SparsePattern.__setitem__(pattern, index, value),
+    Tensor.__setitem__: _set,
+    Tensor.__format__: lambda pattern, _: repr(pattern),
     Tensor.squeeze: _squeeze,
     Tensor.unsqueeze: _unsqueeze,
     Tensor.mul: _times,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -62,7 +65,35 @@ def in_place(change: Callable[[Any], Any]) -> Callable[[Any], None]:
     return edit
 
 
+def of_a_view(pattern: Any) -> None:
+    view = pattern[:, 3]
+    view[:] = 0
+
+
+def of_views_of_views(pattern: Any) -> None:
+    pattern[0][2] = 0
+    pattern[1].unsqueeze(0)[:, 2][:, 16:48] *= 0.5
+
+
+def of_views_in_turn(pattern: Any) -> None:
+    one, other = pattern[0], pattern[:, 1]
+    one[1] = 0
+    other.mul_(0.5)
+    one[2] *= 0.5
+
+
+def of_no_rows(pattern: Any) -> None:
+    pattern[:, 1, 5:2] = 0
+    pattern[:, 2] = 0
+
+
+def of_copies(pattern: Any) -> None:
+    pattern[:, [3]][:] = 0  # indexing by a list copies, in torch too
+    pattern.clone()[:, 1] = 0
+
+
 ALL = slice(None)
+MASK = [True, False, True, False]
 ROWS, KEYS = slice(16, 48), slice(8, 24)
 
 
@@ -89,6 +120,16 @@ EDITS = {
     "all times in place": Edit(in_place(lambda p: p.mul_(0.5)), lambda p: p * 0.5),
     "dropped blocks": Edit(lambda p: p.drop(heads=1, rows=ROWS, keys=KEYS), hide(ALL, 1, ROWS, KEYS), SCORES),
     "dropped in place": Edit(in_place(lambda p: p.drop_(heads=2, keys=KEYS)), hide(ALL, 2, ALL, KEYS), SCORES),
+    "heads by a mask": Edit(zero(ALL, MASK), zero(ALL, MASK)),
+    "heads by a tensor mask": Edit(zero(ALL, torch.tensor(MASK)), zero(ALL, torch.tensor(MASK))),
+    "heads by NumPy's mask": Edit(zero(ALL, np.array(MASK)), zero(ALL, np.array(MASK))),
+    "no rows, then a head": Edit(of_no_rows, of_no_rows),
+    "a view": Edit(of_a_view, of_a_view),
+    "views of views": Edit(of_views_of_views, of_views_of_views),
+    "views in turn": Edit(of_views_in_turn, of_views_in_turn),
+    "blocks dropped in a view": Edit(
+        in_place(lambda p: p[:, 1].drop_(rows=ROWS, keys=KEYS)), hide(ALL, 1, ROWS, KEYS), SCORES
+    ),
     "kept blocks": Edit(lambda p: p.keep(keys=slice(0, 48)), hide(ALL, ALL, ALL, slice(48, None)), SCORES),
 }
 
@@ -186,15 +227,69 @@ def test_a_reordered_pattern_given_back_uses_each_rows_own_scores() -> None:
         ((ALL, 1, 5, 5), 0),
         ((ALL, 1), 0.3),
         ((ALL, 1), torch.rand(2, T, T)),
+        (([0, 1], [2, 3]), 0),
+        ((torch.tensor([0, 1]), ALL, torch.tensor([0, 1])), 0),
+        (torch.ones(2, 4, dtype=torch.bool), 0),
+        (torch.ones(2, 4, T, T, dtype=torch.bool), 0),
+        ((ALL, [True, False]), 0),
+        ((ALL, True), 0),
     ],
-    ids=["rows within a block", "keys within a block", "one entry", "a number", "a dense part"],
+    ids=[
+        "rows within a block",
+        "keys within a block",
+        "one entry",
+        "a number",
+        "a dense part",
+        "pairs",
+        "pairs of tensors",
+        "a mask of two axes",
+        "a mask of all axes",
+        "a mask of another length",
+        "True alone",
+    ],
 )
 def test_what_blocks_cannot_express_raises(index: Any, value: Any) -> None:
     def edit(pattern: SparsePattern) -> None:
         pattern[index] = value
 
-    with stream(model_of("LlamaForCausalLM"), **FULL), pytest.raises(PatternIndexError, match=r"block|scale"):
+    with stream(model_of("LlamaForCausalLM"), **FULL), pytest.raises(PatternIndexError, match=r"block|scale|list"):
         with_hook(model_of("LlamaForCausalLM"), tokens(), edit)
+
+
+def of_gate(pattern: Any) -> None:
+    pattern.gate[:, 1] = 0
+
+
+def of_gate_of_a_view(pattern: Any) -> None:
+    pattern[:, 1].gate.zero_()
+
+
+def of_detached(pattern: Any) -> None:
+    pattern.detach()[:, 1] = 0
+
+
+def of_a_detached_view(pattern: Any) -> None:
+    pattern.detach().float()[0].mul_(0.5)
+
+
+@pytest.mark.parametrize("edit", [of_gate, of_gate_of_a_view, of_detached, of_a_detached_view])
+def test_an_edit_that_the_model_would_not_see_raises(edit: Callable[[Any], None]) -> None:
+    model = model_of("LlamaForCausalLM")
+    with stream(model, **FULL), pytest.raises(RuntimeError, match=r"would not see|does not see"):
+        with_hook(model, tokens(), edit)
+
+
+def test_copies_are_free_to_change() -> None:
+    model, kept = model_of("LlamaForCausalLM"), []
+    with stream(model, **FULL):
+        plain = with_hook(model, tokens(), lambda p: kept.append(p.detach()))
+        assert worst((with_hook(model, tokens(), of_copies), plain)) == 0
+    kept[0][:, 1] = 0
+    assert not kept[0].to_dense(heads=1).any()
+    for copied in (copy.deepcopy(kept[0]), pickle.loads(pickle.dumps(kept[0]))):
+        assert torch.equal(copied.to_dense(), kept[0].to_dense())
+        copied[:, 2] = 0
+        assert kept[0].to_dense(heads=2).any()
 
 
 @pytest.mark.parametrize("name", MODELS)
