@@ -21,7 +21,7 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool]
 
 def run_with_masks(
     model: Any,
-    text_or_tokens: str | Int[Tensor, "batch position"],
+    text_or_tokens: str | list[str] | Int[Tensor, "batch position"],
     config: StreamConfig | None = None,
     *,
     names_filter: NamesFilter | None = None,
@@ -38,7 +38,7 @@ def run_with_masks(
 
     Args:
         model: HookedTransformer or TransformerBridge; streamed already, or streamed for this call.
-        text_or_tokens: text, or token ids.
+        text_or_tokens: a text, several (padded as the model's tokenizer does, the padding masked), or token ids.
         config, **choices: as for `stream`; only for a model that is not streamed yet.
         names_filter: what to cache besides patterns: a name, names, or a function of a name.
         last_logits: how many positions' logits to make.
@@ -47,28 +47,51 @@ def run_with_masks(
 
     Raises:
         ValueError: the input is longer than the model's context, or choices are given for a streamed model.
+        TypeError: the input is neither text nor token ids.
     """
-    tokens = tokens_within_context(model, text_or_tokens, prepend_bos)
+    given: Any = tokens_within_context(model, text_or_tokens, prepend_bos)
+    options: dict[str, Any] = {}
+    if isinstance(text_or_tokens, list):  # a bridge makes the attention mask of padded texts from the texts alone
+        given, options = text_or_tokens, {} if prepend_bos is None else {"prepend_bos": prepend_bos}
     if is_streamed(model):
         if config is not None or choices:
             raise ValueError("the model is streamed already, so config and choices cannot take effect: leave them out.")
-        return _run(model, tokens, names_filter, last_logits, on_layer)
+        return _run(model, given, options, names_filter, last_logits, on_layer)
     streamed = install(model, config, **choices)
     try:
-        return _run(model, tokens, names_filter, last_logits, on_layer)
+        return _run(model, given, options, names_filter, last_logits, on_layer)
     finally:
         streamed.uninstall()
 
 
 def tokens_within_context(
-    model: Any, text_or_tokens: str | Tensor, prepend_bos: bool | None = None
+    model: Any, text_or_tokens: str | list[str] | Tensor, prepend_bos: bool | None = None
 ) -> Int[Tensor, "batch position"]:
-    """Token ids of the whole text. `ValueError` if the model has fewer positions, where TransformerLens would cut."""
+    """Token ids of the whole text.
+
+    Raises:
+        ValueError: the model has fewer positions, where TransformerLens would cut; there are no tokens.
+        TypeError: neither text nor token ids.
+    """
     if isinstance(text_or_tokens, Tensor):
+        if text_or_tokens.is_floating_point() or text_or_tokens.ndim not in (1, 2):
+            raise TypeError(
+                f"a {text_or_tokens.dtype} tensor of shape {list(text_or_tokens.shape)} was given: give token ids "
+                "[batch, position]."
+            )
         tokens = text_or_tokens if text_or_tokens.ndim == 2 else text_or_tokens[None]
-    else:
+    elif isinstance(text_or_tokens, str) or (
+        isinstance(text_or_tokens, list) and all(isinstance(text, str) for text in text_or_tokens)
+    ):
         options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
         tokens = model.to_tokens(text_or_tokens, truncate=False, **options)
+    else:
+        raise TypeError(
+            f"a {type(text_or_tokens).__name__} was given: give a text, a list of texts, or a tensor of token ids "
+            "[batch, position]."
+        )
+    if 0 in tokens.shape:
+        raise ValueError("the input has no tokens: give at least one.")
     n_ctx = getattr(model.cfg, "n_ctx", None)
     if n_ctx and tokens.shape[-1] > n_ctx:
         raise ValueError(
@@ -81,7 +104,7 @@ def tokens_within_context(
 @contextmanager
 def last_logits_only(model: Any, count: int) -> Iterator[None]:
     """The model's logits, and what follows, cover the last `count` positions only."""
-    if count < 1:
+    if not isinstance(count, int) or count < 1:
         raise ValueError(f"last_logits={count} is not allowed: ask for at least 1 position.")
     handle = model.unembed.register_forward_pre_hook(lambda _, args: (args[0][:, -count:], *args[1:]))
     try:
@@ -92,7 +115,8 @@ def last_logits_only(model: Any, count: int) -> Iterator[None]:
 
 def _run(
     model: Any,
-    tokens: Tensor,
+    given: Tensor | list[str],
+    options: dict[str, Any],
     names_filter: NamesFilter | None,
     last_logits: int,
     on_layer: Callable[[int], None] | None,
@@ -105,7 +129,7 @@ def _run(
         layers = model.__dict__["_stream_session"].layers
         hooks = [(f"{layer.name}.hook_pattern", _teller(on_layer, layer.number)) for layer in layers]
     with torch.no_grad(), last_logits_only(model, last_logits), model.hooks(fwd_hooks=hooks):
-        return model.run_with_cache(tokens, names_filter=wanted)
+        return model.run_with_cache(given, names_filter=wanted, **options)
 
 
 def _teller(on_layer: Callable[[int], None], number: int) -> Callable[..., None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +23,7 @@ class Session:
         swapped: objects whose class was swapped, with the class they had.
         marked: objects that hold an attribute of ours, with its name.
         configs: transformers' configs whose attention implementation is "stream_lens" while the model runs.
-        handles: hooks on the transformers model, removed on leaving.
+        forwards: transformers models whose forward is watched, with the one of their own that they had, if any.
     """
 
     model: Any
@@ -29,7 +31,7 @@ class Session:
     swapped: list[tuple[Any, type]] = field(default_factory=list)
     marked: list[tuple[Any, str]] = field(default_factory=list)
     configs: list[Any] = field(default_factory=list)
-    handles: list[Any] = field(default_factory=list)
+    forwards: list[tuple[Any, Any]] = field(default_factory=list)
     implementations: list[Any] = field(default_factory=list)
     """The configs' own implementations, while a forward runs; empty otherwise."""
     depth: int = 0
@@ -53,17 +55,19 @@ class Session:
         configs = [module.__dict__["config"] for module in modules if "config" in module.__dict__]
         known = {id(config): config for config in configs if hasattr(config, "_attn_implementation_internal")}
         self.configs = list(known.values())
-        self.handles = [
-            transformers_model.register_forward_pre_hook(self.enter_forward),
-            transformers_model.register_forward_hook(self.check_all_ran),
-            transformers_model.register_forward_hook(self.leave_forward, always_call=True),
-        ]
+        # Not hooks: those that torch always calls are skipped when a forward is interrupted from the keyboard.
+        watched = functools.partial(_watched_forward, self)
+        watched.__signature__ = inspect.signature(transformers_model.forward)  # type: ignore[attr-defined]
+        self.forwards.append((transformers_model, transformers_model.__dict__.get("forward")))
+        transformers_model.__dict__["forward"] = watched
 
     def restore(self) -> None:
         """Undo everything; safe to call twice."""
-        self.leave_forward()
-        while self.handles:
-            self.handles.pop().remove()
+        while self.forwards:
+            transformers_model, own = self.forwards.pop()
+            transformers_model.__dict__.pop("forward")
+            if own is not None:
+                transformers_model.__dict__["forward"] = own
         while self.swapped:
             thing, cls = self.swapped.pop()
             object.__setattr__(thing, "__class__", cls)
@@ -71,32 +75,39 @@ class Session:
             thing, name = self.marked.pop()
             thing.__dict__.pop(name, None)
 
-    # transformers reads its implementation from a config that another model may share, so it is ours only while this
-    # model's forward runs.
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While a transformers model's forward runs; one may run inside another, started by a hook.
 
-    def enter_forward(self, *_: Any) -> None:
-        """Forward pre-hook of a transformers model."""
-        self.depth += 1
-        if self.depth == 1:
+        transformers reads its implementation from a config that another model may share, so it is ours only here.
+        """
+        if self.depth == 0:
             self.implementations = [config._attn_implementation_internal for config in self.configs]
             for config in self.configs:
                 config._attn_implementation_internal = IMPLEMENTATION
             for layer in self.layers:
                 layer.runs = 0
                 layer.pattern = None
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if self.depth == 0:
+                for config, implementation in zip(self.configs, self.implementations, strict=True):
+                    config._attn_implementation_internal = implementation
+                self.implementations = []
 
-    def leave_forward(self, *_: Any) -> None:
-        """Forward hook of a transformers model, called after errors too."""
-        self.depth = max(0, self.depth - 1)
-        if self.depth == 0:
-            for config, implementation in zip(self.configs, self.implementations, strict=False):
-                config._attn_implementation_internal = implementation
-            self.implementations = []
 
-    def check_all_ran(self, *_: Any) -> None:
-        """Forward hook of a transformers model, called after a whole forward only."""
-        if self.depth <= 1:
-            _require_runs(self.layers)
+def _watched_forward(session: Session, *args: Any, **kwargs: Any) -> Any:
+    """A transformers model's forward in which all streamed layers have to run."""
+    transformers_model, own = session.forwards[0]
+    forward = functools.partial(type(transformers_model).forward, transformers_model) if own is None else own
+    with session.running():
+        result = forward(*args, **kwargs)
+        if session.depth == 1:
+            _require_runs(session.layers)
+    return result
 
 
 def checked_forward(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -114,19 +114,11 @@ def blocks_recomputed(model: Any) -> Iterator[None]:
     """Every block of the model keeps its input only and runs again in the backward pass (activation checkpointing)."""
     session = model.__dict__["_stream_session"]
 
-    @contextmanager
-    def inside_forward() -> Iterator[None]:
-        # A bridge's delegated attention streams only while the session knows that a forward runs.
-        session.enter_forward()
-        try:
-            yield
-        finally:
-            session.leave_forward()
-
     def recomputed(forward: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
+            # A bridge's delegated attention streams only while the session knows that a forward runs.
             return checkpoint(
-                forward, *args, use_reentrant=False, context_fn=lambda: (ExitStack(), inside_forward()), **kwargs
+                forward, *args, use_reentrant=False, context_fn=lambda: (ExitStack(), session.running()), **kwargs
             )
 
         return run

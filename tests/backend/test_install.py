@@ -79,6 +79,26 @@ def test_an_error_inside_leaves_the_model_as_it_was(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_interrupts_leave_the_model_as_it_was(name: str) -> None:
+    model = model_of(name)
+    dense, before = logits(model), parts(model)
+
+    def stop(x: Any) -> None:
+        raise KeyboardInterrupt
+
+    with sl.stream(model, **SMALL):
+        expected = logits(model)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                with_hook(model, tokens(), stop)
+            model.reset_hooks()
+        assert torch.equal(logits(model), expected)
+        assert parts(model)[-1] != "stream_lens"
+    assert parts(model) == before
+    assert torch.equal(logits(model), dense)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_nesting_and_installing_twice_raise(name: str) -> None:
     model = model_of(name)
     with sl.stream(model, **SMALL):

@@ -58,6 +58,41 @@ def test_one_text_and_one_row_of_tokens() -> None:
     assert not torch.equal(without, of_text)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "OPTForCausalLM", HOOKED])
+def test_padding_of_several_texts_is_masked(name: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(name)
+    monkeypatch.setattr(model.tokenizer, "padding_side", side)
+    texts = [" ".join(f"t{i % 90 + 3}" for i in range(60)), "t5 t6 t7"]
+    full = {**CHOICES, "k": 16}
+    with torch.no_grad():
+        dense = model(texts)[:, -1:]
+    logits, cached = run_with_masks(model, texts, **full)
+    row = 0 if side == "right" else slice(None)  # a right-padded row ends in padding, which nothing defines
+    assert worst((logits[row], dense[row])) <= 2e-5
+    with stream(model, **full), torch.no_grad():
+        _, whole = model.run_with_cache(texts)
+    for layer in range(3):
+        assert torch.equal(cached["pattern", layer].to_dense(), whole["pattern", layer].to_dense())
+    assert cached.info.tokens is not None
+    assert torch.equal(cached.info.tokens, model.to_tokens(texts))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([3, 4, 5], TypeError, "a list was given"),
+        (torch.rand(2, 3), TypeError, "float32"),
+        (torch.zeros(1, 0, dtype=torch.long), ValueError, "no tokens"),
+    ],
+)
+def test_what_is_no_text_raises(given: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        run_with_masks(model_of("LlamaForCausalLM"), given, **CHOICES)
+    with pytest.raises(ValueError, match=r"last_logits=1\.5"):
+        run_with_masks(model_of("LlamaForCausalLM"), tokens_of(1, 9), last_logits=1.5, **CHOICES)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", HOOKED])
 @pytest.mark.parametrize(
     "wanted", ["blocks.1.attn.hook_z", ["blocks.1.attn.hook_z"], lambda name: name == "blocks.1.attn.hook_z"]
