@@ -92,9 +92,14 @@ def load(path: str | os.PathLike[str], model: Any = None, device: str | torch.de
     Raises:
         CacheFileError: foreign, truncated, inconsistent or newer than this version; the message says which.
         FileNotFoundError: there is no such file.
+        ValueError: there is no such device.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no cache file {path}.")
+        raise FileNotFoundError(f"there is no cache file {path}{' (it is a folder)' * Path(path).is_dir()}.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={str(device)!r} cannot be used here: {error}") from error
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             meta = file.metadata() or {}

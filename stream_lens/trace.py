@@ -14,7 +14,9 @@ from torch import Tensor
 
 from stream_lens.backend import SparseActivationCache, install, run_with_masks
 from stream_lens.backend.greedy import greedy_tokens
+from stream_lens.backend.long_inputs import tokens_within_context
 from stream_lens.blocks import StreamConfig
+from stream_lens.circuits.edited_runs import text_tokens_only
 from stream_lens.plots.masks import config_text, mask_figure
 
 Span = tuple[int, int]
@@ -132,7 +134,16 @@ def trace(
         dense: also let the dense model answer, at O(T²).
         expected, spans: what a right answer contains, and token spans to mark.
         on_step, on_layer: told what begins, and which layer has its pattern: for progress bars.
+
+    Raises:
+        TypeError: `tokens` are no token ids.
+        ValueError: more than one text, or less than one answer token.
     """
+    tokens = tokens_within_context(model, text_tokens_only(tokens, "trace"))
+    if tokens.shape[0] != 1:
+        raise ValueError(f"trace takes one text; got {tokens.shape[0]}: call it for each.")
+    if answer_tokens < 1:
+        raise ValueError(f"answer_tokens={answer_tokens} is not allowed: ask for at least 1.")
     seconds: dict[str, float] = {}
 
     def timed(step: str, run: Callable[[], Any]) -> Any:

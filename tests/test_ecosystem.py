@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,28 @@ def test_what_a_plain_model_must_be() -> None:
         pytest.raises(RuntimeError, match="streamed already"),
         sl.stream_transformers(model, k=4),
     ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("choices", "error", "message"),
+    [
+        ({"layers": (99,)}, ValueError, r"layers \[99\] do not exist"),
+        ({"overrides": {(9, 0): 8}}, ValueError, r"layers \[9\], which are not streamed"),
+        ({"kernel": "fast"}, ValueError, "kernel='fast' is not known"),
+        ({"selector": "best"}, ValueError, "selector='best' is not known"),
+        ({"observe": True}, TypeError, "observe is no choice of stream"),
+        ({"config": {"k": 8}}, TypeError, "not a StreamConfig"),
+    ],
+)
+def test_choices_of_a_plain_model_are_checked(choices: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message), sl.stream_transformers(tiny_hf_model("LlamaForCausalLM"), **choices):
+        pass
+
+
+def test_a_model_inside_a_bridge_is_not_a_plain_one() -> None:
+    bridge = tiny_bridge("LlamaForCausalLM")
+    with pytest.raises(TypeError, match="on the bridge"), sl.stream_transformers(bridge.original_model):
         pass
 
 

@@ -53,6 +53,21 @@ def test_all_blocks_kept_answers_as_dense(model: Any, tokens: torch.Tensor) -> N
     assert result.sparse_answer == result.dense_answer
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"tokens": "a text"}, TypeError, "takes token ids"),
+        ({"tokens": torch.full((2, 9), 5)}, ValueError, "one text; got 2"),
+        ({"answer_tokens": 0}, ValueError, "answer_tokens=0"),
+    ],
+)
+def test_what_cannot_be_traced(
+    model: Any, tokens: torch.Tensor, given: dict[str, Any], error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        trace(model, **{"tokens": tokens, **given})
+
+
 def test_dense_is_left_out_on_request(model: Any, tokens: torch.Tensor) -> None:
     result = trace(model, tokens, k=3, q_block=8, k_block=8, answer_tokens=1, dense=False)
     assert result.dense_answer is None

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any
 
 from stream_lens.backend import bridge, delegated, hooked_transformer, lazy_mask
 from stream_lens.backend.architectures import attention_kind
+from stream_lens.backend.choices import configured, require_kernel, wanted_layers
 from stream_lens.backend.layer import StreamedLayer
 from stream_lens.backend.refusal import UnsupportedArchitectureError
 from stream_lens.backend.session import Session, checked_forward
 from stream_lens.backend.sparse_cache import run_with_cache_of
 from stream_lens.blocks import StreamConfig
 from stream_lens.blocks.kernel_choice import Kernel
-from stream_lens.blocks.selection import SELECTORS
 
 _SESSION = "_stream_session"
 
@@ -78,9 +78,8 @@ def install(
         TypeError: not a model of TransformerLens.
         ValueError: a choice is out of range, or a layer does not exist.
     """
-    config = _configured(config, choices)
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"kernel={kernel!r} is not known: choose one of {', '.join(get_args(Kernel))}.")
+    config = configured(config, choices, also="observe, kernel, keep_scores or allow_untested")
+    require_kernel(kernel)
     if is_streamed(model):
         raise RuntimeError(
             "this model is streamed already: leave that `with` block or call uninstall() on what install gave, then "
@@ -92,7 +91,7 @@ def install(
         if kind == "hooked"
         else bridge.attention_modules(model, allow_untested)
     )
-    wanted = _wanted_layers(config, [number for number, _, _ in modules], model.cfg.n_heads)
+    wanted = wanted_layers(config, [number for number, _, _ in modules], model.cfg.n_heads)
     layers = [
         StreamedLayer(number, name, config, kernel, observe, keep_scores)
         for number, name, _ in modules
@@ -156,19 +155,6 @@ def with_whole_kv_cache(model: Any) -> Iterator[None]:
         streamed.uninstall()
 
 
-def _configured(config: StreamConfig | None, choices: dict[str, Any]) -> StreamConfig:
-    unknown = set(choices) - set(StreamConfig.__dataclass_fields__)
-    if unknown:
-        raise TypeError(
-            f"{', '.join(sorted(unknown))} is no choice of stream: give fields of StreamConfig "
-            f"({', '.join(StreamConfig.__dataclass_fields__)}), observe, kernel, keep_scores or allow_untested."
-        )
-    config = replace(config or StreamConfig(), **choices)
-    if config.selector not in SELECTORS:
-        raise ValueError(f"selector={config.selector!r} is not known: choose one of {', '.join(SELECTORS)}.")
-    return config
-
-
 def _kind(model: Any) -> str:
     names = {cls.__name__ for cls in type(model).__mro__}
     for name, kind in (("HookedTransformer", "hooked"), ("TransformerBridge", "bridge")):
@@ -181,20 +167,6 @@ def _kind(model: Any) -> str:
         "transformers model boot a bridge (TransformerBridge.boot_transformers(name, hf_model=model)), or use "
         "stream_lens.stream_transformers."
     )
-
-
-def _wanted_layers(config: StreamConfig, existing: list[int], heads: int) -> set[int]:
-    wanted = set(existing if config.layers is None else config.layers)
-    missing = wanted - set(existing)
-    if missing:
-        raise ValueError(f"layers {sorted(missing)} do not exist: the model's attention layers are {existing}.")
-    beyond = {layer for layer, _ in config.overrides} - wanted
-    if beyond:
-        raise ValueError(f"overrides name layers {sorted(beyond)}, which are not streamed.")
-    lacking = {head for _, head in config.overrides if head >= heads}
-    if lacking:
-        raise ValueError(f"overrides name heads {sorted(lacking)}; the model's layers have heads 0 to {heads - 1}.")
-    return wanted
 
 
 def _change(session: Session, modules: list[tuple[int, str, Any]], kind: str) -> None:

@@ -248,6 +248,7 @@ _SCORE_HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.sub: _minus,
     Tensor.to: lambda scores, *args, **kwargs: scores,
     Tensor.detach: _detach,
+    Tensor.__format__: lambda scores, _: repr(scores),
     Tensor.__getitem__: _item,
     torch.softmax: softmax,
     Tensor.softmax: softmax,

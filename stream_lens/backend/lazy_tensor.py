@@ -61,7 +61,10 @@ class Marker(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise DenseNeededError(f"{func} would need a T × T tensor, which a streamed model never makes.")
+        raise DenseNeededError(
+            f"{func} would need a T × T tensor, which a streamed model never makes: to change a pattern use "
+            "pattern[:, head] = 0, pattern.scale, drop or keep."
+        )
 
 
 class UncomputedScores(torch.Tensor):
@@ -77,6 +80,12 @@ class UncomputedScores(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"UncomputedScores({list(self.shape)}): a streamed layer never makes its scores; see its pattern"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> UncomputedScores:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return UncomputedScores, (self.shape, self.dtype, self.device)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -86,6 +95,8 @@ class UncomputedScores(torch.Tensor):
         scores = args[0]
         if func in (Tensor.detach, Tensor.clone, Tensor.cpu):
             return scores
+        if func is Tensor.__format__:
+            return repr(scores)
         if func is Tensor.to:
             device, dtype = target_of_to(scores, *args[1:], **kwargs)
             return UncomputedScores(scores.shape, dtype or scores.dtype, torch.device(device or scores.device))

@@ -93,7 +93,13 @@ def _patched(data: PatternData, where: PatternIndex, value: SparsePattern) -> Pa
     rows = block_span("query", where.rows, mask.q_len, mask.q_block, remedy="patch whole query blocks")
     expected = (len(where.batch), len(where.heads), rows.stop - rows.start)
     same = (theirs.mask.q_block, theirs.mask.k_block, theirs.mask.kv_len) == (mask.q_block, mask.k_block, mask.kv_len)
-    if not same or tuple(theirs.mask.indices.shape[:3]) != expected:
+    if same and theirs.mask.indices.shape[2] == expected[2] and theirs.mask.indices.shape[:2] != expected[:2]:
+        given = " × ".join(map(str, theirs.mask.indices.shape[:2]))
+        raise ValueError(
+            f"a part of {expected[0]} × {expected[1]} (batch × heads) cannot be taken from one of {given}: give as "
+            "many texts and heads on both sides, one text at a time where the other run has one."
+        )
+    if not same or theirs.mask.indices.shape[2] != expected[2]:
         raise ValueError(
             f"a part of {len(where.batch)} × {len(where.heads)} heads × {where.rows[1] - where.rows[0]} queries of "
             f"{mask!r} cannot be taken from {theirs.mask!r}: both runs need the same length and block sizes."

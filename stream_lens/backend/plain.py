@@ -10,11 +10,12 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from stream_lens.backend import delegated, lazy_mask
 from stream_lens.backend.architectures import TESTED
+from stream_lens.backend.choices import configured, require_kernel, wanted_layers
 from stream_lens.backend.layer import StreamedLayer
 from stream_lens.backend.pattern import SparsePattern
 from stream_lens.backend.refusal import UnsupportedArchitectureError
@@ -64,11 +65,15 @@ def stream_transformers(
     Raises:
         UnsupportedArchitectureError: the model's attention cannot be streamed this way; the message says why.
         RuntimeError: the model is streamed already.
+        ValueError: a choice is out of range, or a layer does not exist.
+        TypeError: the model is part of a TransformerBridge.
     """
-    config = replace(config or StreamConfig(), **choices)
+    config = configured(config, choices, also="on_pattern, kernel or allow_untested")
+    require_kernel(kernel)
     modules = _attention_modules(model, allow_untested)
     if any("_streamed_layer" in module.__dict__ for _, module in modules):
         raise RuntimeError("this model is streamed already: leave that `with` block first.")
+    wanted_layers(config, [number for number, _ in modules], model.config.num_attention_heads)
     streamed = StreamedTransformers(model, config)
     session = Session(model, [])
     try:
@@ -86,6 +91,8 @@ def _attention_modules(model: Any, allow_untested: bool) -> list[tuple[int, Any]
             "all blocks with the dense ones first."
         )
     found = []
+    if any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
+        raise TypeError("this model is part of a TransformerBridge: use stream_lens.stream on the bridge.")
     for module in model.modules():
         if not (type(module).__name__.endswith("Attention") and isinstance(getattr(module, "layer_idx", None), int)):
             continue

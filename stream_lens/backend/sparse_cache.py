@@ -72,6 +72,11 @@ class SparseActivationCache(ActivationCache):
         layers = list(self.patterns())
         return f"SparseActivationCache of {len(self)} activations, with patterns of layers {layers}"
 
+    def __getitem__(self, key: Any) -> Any:
+        if self.model is None and isinstance(key, tuple) and any(isinstance(n, int) and n < 0 for n in key):
+            raise ValueError(f"{key!r} counts layers from the end, which takes the model: load(path, model) has it.")
+        return super().__getitem__(key)
+
     def patterns(self) -> dict[int, SparsePattern]:
         """The cached sparse patterns by layer."""
         found = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -68,14 +69,14 @@ class StreamConfig:
             ("local_blocks", 0),
             ("seed", 0),
         ):
-            _require_int(name, getattr(self, name), least)
+            object.__setattr__(self, name, _whole_number(name, getattr(self, name), least))
         _require_choice("representative", self.representative, REPRESENTATIVES)
         _require_choice("reduce", self.reduce, REDUCTIONS)
         _require_choice("rank", self.rank, REDUCTIONS)
         if isinstance(self.k, MassThreshold):
-            self._require_k("k.maximum", self.k.maximum)
+            self._checked_k("k.maximum", self.k.maximum)
         elif not isinstance(self.k, FractionOfPrefix):
-            self._require_k("k", self.k)
+            object.__setattr__(self, "k", self._checked_k("k", self.k))
         self._own_overrides()
         self._own_layers()
 
@@ -86,13 +87,16 @@ class StreamConfig:
 
     def _own_overrides(self) -> None:
         """Check `overrides` and keep a copy: a frozen config must not change with the caller's dict."""
+        if not isinstance(self.overrides, Mapping):
+            raise ValueError(f"overrides={self.overrides!r} is not allowed: give a dict, as in {{(3, 0): 32}}.")
+        own = {}
         for where, k in self.overrides.items():
             if not (isinstance(where, tuple) and len(where) == 2):
                 raise ValueError(f"overrides has the key {where!r}: give (layer, head) pairs, as in {{(3, 0): 32}}.")
-            for name, number in zip(("layer", "head"), where, strict=True):
-                _require_int(f"the {name} of overrides[{where}]", number, 0)
-            self._require_k(f"overrides[{where}]", k)
-        object.__setattr__(self, "overrides", dict(self.overrides))
+            layer = _whole_number(f"the layer of overrides[{where}]", where[0], 0)
+            head = _whole_number(f"the head of overrides[{where}]", where[1], 0)
+            own[layer, head] = self._checked_k(f"overrides[{where}]", k)
+        object.__setattr__(self, "overrides", own)
 
     def _own_layers(self) -> None:
         if self.layers is None:
@@ -101,13 +105,11 @@ class StreamConfig:
             layers = tuple(self.layers)
         except TypeError:
             raise ValueError(f"layers={self.layers!r} is not allowed: give several, as in (0, 5), or None.") from None
-        for layer in layers:
-            _require_int("a layer of layers", layer, 0)
+        layers = tuple(_whole_number("a layer of layers", layer, 0) for layer in layers)
         object.__setattr__(self, "layers", layers)
 
-    def _require_k(self, name: str, k: object) -> None:
-        _require_int(name, k, 1)
-        assert isinstance(k, int)
+    def _checked_k(self, name: str, k: object) -> int:
+        k = _whole_number(name, k, 1)
         if k < self.forced_blocks:
             raise ValueError(
                 f"{name}={k} is less than the {self.forced_blocks} blocks that are always kept "
@@ -115,6 +117,7 @@ class StreamConfig:
                 f"{diagonal_blocks(self.q_block, self.k_block)} on the diagonal): "
                 "raise k, or lower sink_blocks, local_blocks or q_block."
             )
+        return k
 
     def with_k(self, k: int | KSchedule) -> StreamConfig:
         """The same choices at another k."""
@@ -145,9 +148,11 @@ def diagonal_blocks(q_block: int, k_block: int) -> int:
     return (latest_start + q_block - 1) // k_block + 1
 
 
-def _require_int(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def _whole_number(name: str, value: Any, least: int) -> int:
+    """The value as an int, NumPy's too. `ValueError` if it is none, or less than `least`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
         raise ValueError(f"{name}={value!r} is not allowed: give a whole number of at least {least}.")
+    return operator.index(value)
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

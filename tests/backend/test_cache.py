@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -186,9 +188,30 @@ def written(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, st
         return path, {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
 
 
+def test_copies_and_pickles() -> None:
+    whole = cached()
+    whole.model = None
+    for copied in (copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+        assert same(copied["pattern", 1], whole["pattern", 1])
+        assert torch.equal(copied["pattern", 1].to_dense(), whole["pattern", 1].to_dense())
+        assert copied["attn_scores", 1].shape == whole["attn_scores", 1].shape
+
+
+def test_layers_from_the_end_without_a_model(tmp_path: Path) -> None:
+    cached().save(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"load\(path, model\)"):
+        load(tmp_path / "run")["pattern", -1]
+    assert load(tmp_path / "run", model_of("LlamaForCausalLM"))["pattern", -1].data_.layer == 2
+
+
 def test_no_file_and_no_safetensors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no cache file"):
         load(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="it is a folder"):
+        load(tmp_path)
+    cached().save(tmp_path / "run")
+    with pytest.raises(ValueError, match="device='nonsense' cannot be used"):
+        load(tmp_path / "run", device="nonsense")
     (tmp_path / "text").write_text("not a cache")
     (tmp_path / "empty").touch()
     for name in ("text", "empty"):

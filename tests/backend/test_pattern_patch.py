@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stream_lens import SparsePattern, stream
 from stream_lens.backend import NoScoresError, PatternIndexError
+from stream_lens.backend.lazy_tensor import DenseNeededError
 from tests.backend.hooked_models import hooked_model, tokens_of
 from tests.backend.runs import PATTERN, with_hook, worst
 from tests.backend.tiny_models import tiny_bridge
@@ -157,6 +158,10 @@ def test_runs_that_do_not_fit_raise() -> None:
             for other in (finer, shorter):
                 with pytest.raises(ValueError, match="same length and block sizes"):
                     with_hook(model, corrupted(), lambda p, other=other: PATCHES["a head"](p, other))
+            with pytest.raises(ValueError, match=r"part of 2 × 1 .* from one of 1 × 1"):
+                with_hook(model, corrupted(), lambda p: PATCHES["a head"](p, same[:1]))
+            with pytest.raises(DenseNeededError, match=r"to_dense\(heads=2\)"):
+                torch.zeros(same.shape)[:, 2] = same[:, 2]
             later = patch((ALL, ALL, slice(16, 32)), (ALL, ALL, slice(32, 48)))
             with pytest.raises(ValueError, match="position"):
                 with_hook(model, corrupted(), lambda p: later(p, same))

@@ -137,11 +137,23 @@ def test_an_index_that_blocks_cannot_express_raises(index: Any, message: str) ->
         lambda p: p.transpose(-1, -2),
         lambda p: p.reshape(-1),
         lambda p: p.topk(3),
+        lambda p: torch.zeros_like(p) + 1,
     ],
 )
 def test_what_needs_the_dense_pattern_raises_and_says_what_to_call(read: Any) -> None:
-    with pytest.raises((TypeError, RuntimeError), match="to_dense"):
+    with pytest.raises((TypeError, RuntimeError), match=r"to_dense|pattern\.scale"):
         read(cached()["pattern", 1])
+
+
+def test_rows_and_heads_that_are_none() -> None:
+    pattern = cached()["pattern", 1]
+    for wrong in ({"rows": 5}, {"heads": 9}, {"heads": [True, False]}, {"heads": 1.5}):
+        with pytest.raises(PatternIndexError, match=r"rows=5|heads?"):
+            pattern.to_dense(**wrong)
+    mask = [False, True, True, False]
+    assert torch.equal(pattern.to_dense(heads=mask), pattern.to_dense(heads=[1, 2]))
+    assert torch.equal(pattern.to_dense(heads=np.int64(2)), pattern.to_dense(heads=2))
+    assert f"{pattern}" == repr(pattern)
 
 
 def test_the_cache_options_of_transformer_lens() -> None:

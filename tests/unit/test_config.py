@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,6 +43,7 @@ def test_the_defaults_are_valid() -> None:
         ({"overrides": {3: 8}}, r"overrides has the key 3: give \(layer, head\) pairs"),
         ({"overrides": {(0, -1): 8}}, r"the head of overrides\[\(0, -1\)\]=-1 is not allowed"),
         ({"overrides": {("0", 1): 8}}, r"the layer of overrides\[\('0', 1\)\]='0' is not allowed"),
+        ({"overrides": None}, r"overrides=None is not allowed: give a dict"),
         ({"layers": 3}, "layers=3 is not allowed: give several"),
         ({"layers": [0, -1]}, "a layer of layers=-1 is not allowed"),
     ],
@@ -49,6 +51,12 @@ def test_the_defaults_are_valid() -> None:
 def test_what_is_out_of_range_is_refused_in_one_sentence(given_: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StreamConfig(**given_)
+
+
+def test_numbers_of_numpy_are_whole_numbers() -> None:
+    config = StreamConfig(k=np.int64(8), layers=np.arange(2), overrides={(np.int32(0), 1): np.int64(9)})  # type: ignore[arg-type, dict-item]
+    assert config == StreamConfig(k=8, layers=(0, 1), overrides={(0, 1): 9})
+    assert json.dumps(config.to_json())
 
 
 def test_it_does_not_change_with_what_it_was_made_from() -> None:
