@@ -21,6 +21,7 @@ from stream_lens.backend.scores import Scores
 from stream_lens.backend.sparse_cache import Compression, RunInfo, SparseActivationCache
 from stream_lens.blocks import BlockMask, StreamConfig
 from stream_lens.blocks.selection import check_shapes
+from stream_lens.devices import require_device
 from stream_lens.files import written_aside
 
 __all__ = ["CacheFileError", "Compression", "RunInfo", "SparseActivationCache", "load", "save"]
@@ -96,10 +97,7 @@ def load(path: str | os.PathLike[str], model: Any = None, device: str | torch.de
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no cache file {path}{' (it is a folder)' * Path(path).is_dir()}.")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={str(device)!r} cannot be used here: {error}") from error
+    require_device(device)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             meta = file.metadata() or {}

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from stream_lens.demo_models import DEMO_MODELS, DemoModel, DemoModelError, demo_folder
+from stream_lens.devices import require_device
 
 __all__ = ["DEMO_MODELS", "DemoModel", "DemoModelError", "load_demo_model", "load_model"]
 
@@ -47,9 +48,9 @@ def load_model(
     n_ctx: context length in tokens; None keeps the loader's own (a demo model: all that it has).
     device: None takes a GPU where there is one.
 
-    Raises ValueError for an as_ that this model or TransformerLens version does not offer, an n_ctx above what the
-    model has, or a name that is neither a demo model, a model folder, nor a hub model that can be loaded; TypeError
-    for a dtype that is not a floating-point one.
+    Raises ValueError for an as_ that this model or TransformerLens version does not offer, a device that this machine
+    has not, an n_ctx above what the model has, or a name that is neither a demo model, a model folder, nor a hub model
+    that can be loaded; TypeError for a dtype that is not a floating-point one.
     """
     name = os.fspath(name_or_folder)
     demo = DEMO_MODELS.get(name)
@@ -59,6 +60,8 @@ def load_model(
         raise TypeError(f"dtype={dtype!r} is not a floating-point torch dtype: give torch.float32, torch.bfloat16, ...")
     if demo is None and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"The folder {name} has no config.json: give a folder written by save_pretrained.")
+    if device is not None:
+        require_device(device)
     form = as_ or ("bridge" if _why_not_hooked(name, demo) else "hooked")
     if form == "hooked" and (reason := _why_not_hooked(name, demo)):
         raise ValueError(f'{name} cannot load as_="hooked" because {reason}: use as_="bridge".')

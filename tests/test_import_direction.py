@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first; a part may import its own tier and those below it.
 TIERS = (
     {"stream_kernels"},
-    {"blocks", "files"},
+    {"blocks", "devices", "files"},
     {"backend", "models", "demo_models"},
     {"cache"},
     {"circuits", "tasks"},

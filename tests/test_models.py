@@ -81,6 +81,7 @@ def test_dtype_and_n_ctx_take_effect(tiny_folder):
         ({"n_ctx": True}, ValueError, "n_ctx=True is not a number of tokens"),
         ({"as_": "hooked"}, ValueError, 'cannot load as_="hooked" because .*: use as_="bridge"'),
         ({"as_": "transformer"}, ValueError, 'as_=\'transformer\' is not known: use "hooked", "bridge" or None'),
+        ({"device": "nonsense"}, ValueError, "device='nonsense' cannot be used here"),
         ({"dtype": "float32"}, TypeError, "dtype='float32' is not a floating-point torch dtype"),
         ({"dtype": torch.int8}, TypeError, "not a floating-point torch dtype"),
     ],

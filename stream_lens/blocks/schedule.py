@@ -15,7 +15,9 @@ from torch import Tensor
 class FractionOfPrefix:
     """Keep a fraction of each query block's visible key blocks: late rows keep more than early ones.
 
-    A constant k keeps k / n of row n, so it prunes late rows hardest (the paper's limit, section on future work).
+    A constant k keeps k / n of row n, so it prunes late rows hardest (the paper's limit, section on future work). From
+    4,000 tokens a fraction of 0.05, `minimum` 2, in every layer is the recommended budget for retrieval: it found all
+    needles that dense attention finds but one of 84 (docs/selection.md).
 
     Attributes:
         fraction: in (0, 1].
