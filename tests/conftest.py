@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -21,6 +22,14 @@ torch.set_num_threads(1)
 # of `tests/ops` run in its interpreter. torch.compile uses no Triton on CPUs.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module")
+def few_branches() -> Iterator[None]:
+    """The search without its least number of branches, so that short texts have rounds and branches that fall out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stream_lens.blocks.selection.LEAST_BRANCHES", 1)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,6 +21,7 @@ from stream_lens.blocks.config import REDUCTIONS, REPRESENTATIVES
 from stream_lens.blocks.kernel_choice import choose_search
 from stream_lens.blocks.selection import prepared
 
+pytestmark = pytest.mark.usefixtures("few_branches")
 needs_operator = pytest.mark.skipif(not cpu_available()[0], reason=cpu_available()[1])
 
 

@@ -17,7 +17,7 @@ from stream_lens.blocks import FractionOfPrefix, StreamConfig
 from stream_lens.blocks.selection import prepared, select_blocks
 from tests.ops.test_block_attention_triton import moved
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_poisoned_memory")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_poisoned_memory", "few_branches")]
 
 
 def config_of(**choices: Any) -> StreamConfig:

@@ -26,6 +26,8 @@ from stream_lens.blocks import (
 )
 from stream_lens.blocks.config import REDUCTIONS, REPRESENTATIVES
 
+pytestmark = pytest.mark.usefixtures("few_branches")
+
 
 @dataclass(frozen=True)
 class Shape:
