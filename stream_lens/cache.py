@@ -145,6 +145,7 @@ def _pattern_parts(name: str, data: PatternData, tensors: dict[str, Tensor], sco
         "present": list(data.present),
         "layer": data.layer,
         "edited": data.edited,
+        "first_keys": None if data.first_keys is None else [data.first_keys[row] for row in data.cell_rows[0]],
         "rule": None,
     }
     if scores:
@@ -193,6 +194,9 @@ def _read_pattern(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) 
     for part, value in (("gate", gate), ("mass", mass)):
         if value is not None and value.shape != indices.shape:
             raise ValueError(f"the {part} of {name} has shape {list(value.shape)}, its blocks {list(indices.shape)}")
+    first_keys = plain.get("first_keys")
+    if first_keys is not None and len(first_keys) != indices.shape[0]:
+        raise ValueError(f"first_keys of {name} are of {len(first_keys)} texts, its blocks of {indices.shape[0]}")
     data = PatternData(
         mask=mask,
         gate=gate,
@@ -202,6 +206,7 @@ def _read_pattern(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) 
         present=tuple(plain["present"]),
         dtype=getattr(torch, plain["dtype"]),
         edited=plain["edited"],
+        first_keys=None if first_keys is None else tuple(first_keys),
         layer=plain["layer"],
     )
     return SparsePattern(data)

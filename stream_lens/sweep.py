@@ -60,16 +60,19 @@ def sweep(
         cells: what to run: a list of cells (see `grid`), or axes to combine. Values must be plain (JSON).
         study: gives one row (a mapping of plain values), or several, for a cell.
         out: folder of the results; cells are told apart by their values, so several sweeps over one study may share it.
-        n_jobs: workers, as in joblib: −1 for all cores. Each loads a model of its own.
+        n_jobs: workers, as in joblib: −1 for all cores. Each loads a model of its own, so they must be processes: with
+            threads (Dask's too: one thread a worker) they would share one model, which is streamed one way at a time.
         progress: a bar on stderr.
 
     Returns:
         One row for each row of each cell, the cell's values first, in the order of `cells`.
 
     Raises:
-        ValueError: two cells are the same, or a cell's values are not plain.
+        ValueError: there are no cells, two are the same, or a cell's values are not plain.
     """
     listed = grid(**cells) if isinstance(cells, Mapping) else [dict(cell) for cell in cells]
+    if not listed:
+        raise ValueError("there are no cells to run: give at least one, and a value for every axis.")
     names = [cell_name(cell) for cell in listed]
     if len(set(names)) < len(names):
         twice = next(cell for cell, name in zip(listed, names, strict=True) if names.count(name) > 1)

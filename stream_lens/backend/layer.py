@@ -43,8 +43,18 @@ class StreamedLayer:
         if self.pattern is not None:
             raise RuntimeError(f"{self.name}: a second softmax came before the first pattern met its values.")
         mask = select_blocks(scores.q, scores.k, self.config, scores.rule, layer=self.number)
-        rows = whole_rows(mask)
-        data = PatternData(mask, None, MassCell(mask), rows, (scores,), dtype=dtype, layer=self.number, run=self)
+        key_mask = scores.rule.key_mask
+        data = PatternData(
+            mask,
+            None,
+            MassCell(mask),
+            whole_rows(mask),
+            (scores,),
+            dtype=dtype,
+            first_keys=None if key_mask is None else tuple(key_mask.to(torch.uint8).argmax(-1).tolist()),
+            layer=self.number,
+            run=self,
+        )
         self.pattern = SparsePattern(data)
         return SparsePattern(data)
 

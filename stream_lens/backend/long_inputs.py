@@ -32,7 +32,8 @@ def run_with_masks(
 ) -> tuple[Float[Tensor, "batch last_logits vocab"], SparseActivationCache]:
     """One sparse forward of a long input: its last logits, and a cache of every layer's pattern.
 
-    Unlike `model.run_with_cache` it caches patterns only unless asked for more, makes logits of the last positions only
+    Unlike `model.run_with_cache` it caches nothing but streamed layers' patterns unless asked for more, makes logits of
+    the last positions only
     (all positions of 8k tokens of Gemma 3 are 8.6 GB), and refuses a text longer than the context, where
     TransformerLens would cut it.
 
@@ -121,12 +122,14 @@ def _run(
     last_logits: int,
     on_layer: Callable[[int], None] | None,
 ) -> tuple[Tensor, SparseActivationCache]:
+    layers = model.__dict__["_stream_session"].layers
+    patterns = {f"{layer.name}.hook_pattern" for layer in layers}  # not the T × T ones of layers that run dense
+
     def wanted(name: str) -> bool:
-        return name.endswith("attn.hook_pattern") or _passes(names_filter, name)
+        return name in patterns or _passes(names_filter, name)
 
     hooks = []
     if on_layer is not None:
-        layers = model.__dict__["_stream_session"].layers
         hooks = [(f"{layer.name}.hook_pattern", _teller(on_layer, layer.number)) for layer in layers]
     with torch.no_grad(), last_logits_only(model, last_logits), model.hooks(fwd_hooks=hooks):
         return model.run_with_cache(given, names_filter=wanted, **options)

@@ -49,6 +49,8 @@ class PatternData:
         present: which of the four axes the pattern still has.
         dtype: of the dense pattern it stands for.
         edited: whether it differs from what the layer made.
+        first_keys: first real key of each of the cell's batch rows, None where nothing is padded: without scores it is
+            all that tells padding on the left.
     """
 
     mask: BlockMask
@@ -60,6 +62,7 @@ class PatternData:
     present: tuple[int, ...] = (0, 1, 2, 3)
     dtype: torch.dtype = torch.float32
     edited: bool = False
+    first_keys: tuple[int, ...] | None = None
     layer: int | None = None
     run: object = field(default=None, repr=False)
     """Identity of the forward pass that made it, None once cached."""
@@ -74,6 +77,12 @@ def gate_of(data: PatternData) -> Float[Tensor, "batch head q_blocks k"]:
     """The gate, ones where there is none."""
     indices = data.mask.indices
     return torch.ones(indices.shape, device=indices.device) if data.gate is None else data.gate
+
+
+def padded_left(data: PatternData) -> list[bool]:
+    """Whether each batch row of the pattern begins with padding."""
+    rows = data.cell_rows[0]
+    return [False] * len(rows) if data.first_keys is None else [data.first_keys[row] > 0 for row in rows]
 
 
 def is_whole(data: PatternData) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -72,13 +74,11 @@ def without_empty(nodes: Nodes) -> Nodes:
 
 def _distinct(labels: Sequence[str]) -> list[str]:
     """Labels that occur more than once get a number: "needle 0", "needle 1"."""
-    seen: dict[str, int] = {}
-    repeated = {label for label in labels if labels.count(label) > 1}
+    counts = Counter(labels)
+    numbers = {label: itertools.count() for label in counts}
     found = []
     for label in labels:
-        if label in repeated:
-            seen[label] = seen.get(label, -1) + 1
-            found.append(f"{label} {seen[label]}")
-        else:
-            found.append(label)
+        if counts[label] > 1:
+            label = next(name for n in numbers[label] if (name := f"{label} {n}") not in counts)
+        found.append(label)
     return found

@@ -12,6 +12,7 @@ from torch import Tensor
 from stream_lens.backend.greedy import greedy_tokens
 from stream_lens.backend.install import is_streamed, stream
 from stream_lens.backend.long_inputs import run_with_masks
+from stream_lens.backend.pattern_data import padded_left
 from stream_lens.backend.sparse_cache import SparseActivationCache
 from stream_lens.blocks import StreamConfig
 from stream_lens.circuits.kept_probabilities import holds_scores
@@ -60,6 +61,11 @@ def run_of(cache: SparseActivationCache, model: Any) -> tuple[Int[Tensor, "batch
         raise ValueError(
             "this cache does not say which tokens were run and what was kept, so there is nothing to run again: give "
             "the cache of a streamed run of text or token ids."
+        )
+    if hasattr(model, "original_model") and any(any(padded_left(each.data_)) for each in cache.patterns().values()):
+        raise ValueError(
+            "this cache is of texts padded on the left, and a bridge runs token ids without a mask of the padding: "
+            "cache with model.tokenizer.padding_side = 'right', or one text at a time."
         )
     heads = {pattern.mask.shape[1] for pattern in cache.patterns().values()}
     layers = max(cache.patterns(), default=-1)

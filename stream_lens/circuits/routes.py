@@ -58,7 +58,8 @@ def routes(
         paths: how many of the strongest paths (by product of weights) to give.
         max_edges: how many edges of the largest flow to give; those of the paths are always given. Flow, paths and
             reachability are computed on all.
-        batch: which row of a batch.
+        batch: which row of a batch. Of a padded batch give `segments`: without them the padding counts as text, and a
+            target of −1 is the last of it.
 
     Raises:
         ValueError: a label that no segment has; a source or target without tokens; numbers out of range; patterns that

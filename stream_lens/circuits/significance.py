@@ -47,10 +47,7 @@ def _p_values(differences: Float[np.ndarray, "pair cell"], test: Test, seed: int
         more, less = (differences > 0).sum(0), (differences < 0).sum(0)
         return np.minimum(1.0, 2 * scipy.stats.binom.cdf(np.minimum(more, less), more + less, 0.5))
     if test == "wilcoxon":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # few pairs: scipy takes the exact distribution by itself
-            found = scipy.stats.wilcoxon(differences, axis=0).pvalue
-        return np.nan_to_num(np.asarray(found), nan=1.0)
+        return _wilcoxon(differences)
     signs = _flips(len(differences), seed)
     exhaustive = len(signs) == 2 ** len(differences)
     totals = np.abs(differences.sum(0))
@@ -58,6 +55,25 @@ def _p_values(differences: Float[np.ndarray, "pair cell"], test: Test, seed: int
     for part in np.array_split(signs, max(1, len(signs) // 256)):
         as_large += (np.abs(part @ differences) >= totals * (1 - 1e-9)).sum(0)
     return as_large / len(signs) if exhaustive else (as_large + 1) / (len(signs) + 1)
+
+
+def _wilcoxon(differences: Float[np.ndarray, "pair cell"]) -> Float[np.ndarray, " cell"]:
+    """Zeros left out. Cells with as many others, tied or not, are tested together.
+
+    scipy takes the exact distribution for all cells of a call or for none, so that a zero in one would cost them all.
+    """
+    other = differences != 0
+    count = other.sum(0)
+    sizes = np.sort(np.abs(differences), axis=0)
+    tied = ((sizes[1:] == sizes[:-1]) & (sizes[1:] > 0)).any(0)
+    found = np.ones(len(count))
+    for pairs, ties in sorted(set(zip(count.tolist(), tied.tolist(), strict=True))):
+        here = (count == pairs) & (tied == ties)
+        values = differences[:, here].T[other[:, here].T].reshape(-1, pairs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            found[here] = np.nan_to_num(scipy.stats.wilcoxon(values, axis=1).pvalue, nan=1.0)
+    return found
 
 
 def _flips(pairs: int, seed: int) -> Float[np.ndarray, "flip pair"]:

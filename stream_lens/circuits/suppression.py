@@ -128,7 +128,8 @@ def segment_suppression(
     blocks, covered = [], []
     with streamed_for_now(model, config), torch.no_grad():
         _, masks = masks_of_run(model, tokens, 1)
-        k_block = next(iter(masks.values())).k_block
+        mask = next(iter(masks.values()))
+        q_block, k_block = mask.q_block, mask.k_block
         base = _residual(model, tokens, {})
         for number, j in enumerate(rows):
             start, stop = segments.token_span(j)
@@ -144,7 +145,9 @@ def segment_suppression(
             covered.append(min(end, tokens.shape[-1]) - start // k_block * k_block)
             after = _residual(model, tokens, edits)
             spans = [segments.token_span(i) for i in columns]
-            log_kl[number] = _mean_log_kl(model, base, after, spans, end, temperature)
+            # Query blocks that begin before the end of the blocks taken out keep their attention.
+            cut = -(-end // q_block) * q_block
+            log_kl[number] = _mean_log_kl(model, base, after, spans, cut, temperature)
     about = about_masks(model.cfg.model_name, masks.values())
     return SegmentSuppression(
         log_kl, tuple(rows), tuple(columns), tuple(blocks), tuple(covered), segments.labels, temperature, how, about

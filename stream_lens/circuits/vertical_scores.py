@@ -20,6 +20,7 @@ import scipy.stats
 from jaxtyping import Float
 
 from stream_lens.backend.pattern import SparsePattern
+from stream_lens.backend.pattern_data import padded_left
 from stream_lens.circuits.results import json_of
 from stream_lens.circuits.runs import Pattern, Run, Source, runs_of
 from stream_lens.circuits.segments import Segments
@@ -172,7 +173,7 @@ def check_same_tokens(pattern: Pattern, segments: Segments, place: str, *, padde
             f"{place} has a pattern of {q_len} queries by {kv_len} keys and the segments' text {n_tokens} tokens: "
             f"{remedy}."
         )
-    if n_tokens < kv_len and _padded_left(pattern):
+    if n_tokens < kv_len and isinstance(pattern, SparsePattern) and padded_left(pattern.data_)[0]:
         raise ValueError(
             f"{place} is padded on the left, so its positions are not the segments': run with padding_side='right'."
         )
@@ -182,15 +183,6 @@ def check_exact(exact: object) -> None:
     """Raise ValueError unless `exact` is True, False or "auto"."""
     if exact not in (True, False, "auto"):
         raise ValueError(f'exact={exact!r} is not known: give True, False or "auto".')
-
-
-def _padded_left(pattern: Pattern) -> bool:
-    if not isinstance(pattern, SparsePattern):
-        return False
-    scores = pattern.data_.sources[0]
-    if scores is None or scores.rule.key_mask is None:
-        return False
-    return not bool(scores.rule.key_mask[pattern.data_.cell_rows[0][0], 0])
 
 
 def _scores(

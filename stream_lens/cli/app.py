@@ -8,6 +8,7 @@ import warnings
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from stream_lens.cli.diff import diff_command
 from stream_lens.cli.doctor import doctor_command
@@ -53,5 +54,5 @@ def main() -> None:
     except (ValueError, TypeError, RuntimeError, NotImplementedError, OSError) as error:
         if os.environ.get("STREAM_LENS_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)

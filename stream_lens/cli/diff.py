@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from stream_lens.cli.frames import print_frame, show, title_of, write_result
+from stream_lens.cli.frames import plain_console, print_frame, show, title_of, write_result
 from stream_lens.cli.inputs import caches_of, model_of
 from stream_lens.cli.options import AnswerTokens, As, CacheModel, Controls, Out, Threads
 
@@ -49,7 +48,7 @@ def diff_command(
     from stream_lens.circuits.controls import diff_controls
     from stream_lens.circuits.mask_diff import mask_diff
 
-    console = Console()
+    console = plain_console()
     groups = caches_of(success), caches_of(failure)
     result = mask_diff(*groups)
     both = [*groups[0], *groups[1]]
@@ -58,6 +57,7 @@ def diff_command(
     print_frame(console, f"{about}\nBlocks that success alone, failure alone and both keep, all heads", layers, rows=30)
     cells = result.to_frame().drop(columns=["query_label", "key_label", "kept"]).dropna(axis="columns", how="all")
     print_frame(console, "Largest differences in attention (share of a row), by query and key block", cells)
+    write_result(console, result, out, "diff")
     if controls:
         with console.status("loading the model of the caches") as status:
             loaded = model_of(both, model, as_, threads, room=answer_tokens)
@@ -75,4 +75,3 @@ def diff_command(
             "One pair says nothing about chance: give folders of several for p values and random pairs beside them.",
             style="dim",
         )
-    write_result(console, result, out, "diff")

@@ -13,6 +13,11 @@ from rich.table import Table
 from stream_lens.files import written_aside
 
 
+def plain_console() -> Console:
+    """A console that takes answers, labels and names for what they are: "[/INST]" is no markup."""
+    return Console(markup=False)
+
+
 def print_frame(console: Console, title: str, frame: pd.DataFrame, *, rows: int = 12) -> None:
     """The first rows of a table; floats with three digits."""
     table = Table(title=title, title_justify="left")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from stream_lens.cli.frames import print_frame, show, write_result
+from stream_lens.cli.frames import plain_console, print_frame, show, write_result
 from stream_lens.cli.inputs import prompt_of
 from stream_lens.cli.options import (
     As,
@@ -55,7 +55,7 @@ def minimal_k_command(
     from stream_lens.circuits.controls import minimal_k_controls
     from stream_lens.circuits.minimal_k import minimal_k
 
-    console = Console()
+    console = plain_console()
     config = stream_config(16, None, q_block, k_block, layers, "stream")
     with console.status(f"loading {model}"):
         prompt = prompt_of(model, as_, text, tokens, depth, seed, threads)
@@ -80,6 +80,7 @@ def minimal_k_command(
     if result.budgets:
         mean = sum(result.budgets.values()) / len(result.budgets)
         console.print(f"Mean k of a head after lowering each {per}: {mean:.2f}", highlight=False)
+    write_result(console, result, out, "minimal_k")
     if controls:
         with console.status("running the controls") as status:
             frame = minimal_k_controls(
@@ -100,7 +101,6 @@ def minimal_k_command(
             "controls",
             hidden=("texts",),
         )
-    write_result(console, result, out, "minimal_k")
 
 
 def _print_answer(console: Console, prompt: Any, result: Any) -> None:

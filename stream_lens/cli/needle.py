@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from stream_lens.cli.frames import plain_console
 from stream_lens.cli.options import As, KBlock, Model, Out, QBlock, decimals, load, numbers
 
 
@@ -44,7 +45,7 @@ def needle_command(
     from stream_lens.sweep import sweep
     from stream_lens.tasks.needle_study import needle_cells, needle_study, needle_table
 
-    console = Console()
+    console = plain_console()
     wanted = numbers(lengths)
     if ks is None and fractions is None:
         fractions = "0.1"
@@ -59,6 +60,7 @@ def needle_command(
         q_block=q_block,
         k_block=k_block,
     )
+    cells = [{"model": model, "as": as_, **cell} for cell in cells]  # one folder may hold several models' cells
     console.print(f"{len(cells)} runs; results in {out / 'cells'}", highlight=False)
     loader = partial(load, model, as_, max(wanted) + 64, None)
     frame = sweep(loader, cells, needle_study, out=out / "cells", n_jobs=jobs)
@@ -87,7 +89,7 @@ def _print(console: Console, table: Any, frame: Any) -> None:
         budget = (
             f"k = {row['k']:.0f}"
             if row["k"] == row["k"] and row["k"] is not None
-            else f"{row['fraction']:.0%} of prefix"
+            else f"{100 * row['fraction']:.4g}% of prefix"
         )
         success = "dense finds none" if row["n"] == 0 else f"{row['success']:.0%}"
         shown.add_row(

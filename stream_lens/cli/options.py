@@ -30,7 +30,7 @@ Layers = Annotated[
     str | None, typer.Option(help="Layers to run sparse, such as 5,11,17 or 0-3; the others run dense. Default: all.")
 ]
 Selector = Annotated[str, typer.Option(help=f"How blocks are chosen: {', '.join(SELECTORS)}.")]
-Out = Annotated[Path, typer.Option(help="Folder for pictures and tables; made if it is not there.")]
+Out = Annotated[Path, typer.Option(help="Folder for pictures and tables; made if it is not there.", file_okay=False)]
 Depth = Annotated[float, typer.Option(help="Where the needle lies: 0 first, 1 last.", min=0, max=1)]
 Seed = Annotated[int, typer.Option(help="Which needle.")]
 Text = Annotated[
@@ -67,7 +67,7 @@ def numbers(text: str) -> tuple[int, ...]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdigit() or (dash and not (last.isdigit() and int(first) <= int(last))):
             raise ValueError(f"{text!r} is no list of numbers: write them as 5,11,17 or 0-3,7.")
         found += range(int(first), int(last if dash else first) + 1)
     return tuple(found)

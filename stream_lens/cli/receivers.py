@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from stream_lens.cli.frames import print_frame, show, title_of, write_result
+from stream_lens.cli.frames import plain_console, print_frame, show, title_of, write_result
 from stream_lens.cli.inputs import load
 from stream_lens.cli.options import (
     As,
@@ -51,18 +50,20 @@ def receivers_command(
     from stream_lens.circuits.receiver_heads import receiver_heads
     from stream_lens.tasks.reasoning import example_traces, read_jsonl
 
-    console = Console()
+    console = plain_console()
     config = stream_config(k, fraction, q_block, k_block, None, selector)
     listed = example_traces() if traces is None else read_jsonl(traces)
     with console.status(f"loading {model}"):
         loaded = load(model, as_, None, threads)
-    segments = [trace.segments(loaded.tokenizer) for trace in listed]
+    bos = getattr(loaded.cfg, "default_prepend_bos", True) is not False  # Qwen's texts have none
+    segments = [trace.segments(loaded.tokenizer, prepend_bos=bos) for trace in listed]
     with console.status(f"running {selector}"):
-        caches = [run_with_masks(loaded, trace.text, config)[1] for trace in listed]
+        caches = [run_with_masks(loaded, trace.text, config, prepend_bos=bos)[1] for trace in listed]
         result = receiver_heads(caches, segments, top_n=top_n)
     half = "" if result.split_half is None else f"; split-half r = {result.split_half:.2f}"
     about = f"{title_of(caches, model)}, n = {len(listed)} texts{half}"
     print_frame(console, f"Receiver heads: {about}", result.to_frame())
+    write_result(console, result, out, "receivers")
     if controls:
         with console.status("running the controls") as status:
             frame = receiver_controls(
@@ -70,4 +71,3 @@ def receivers_command(
             )
         title = f"Rankings against the dense one, n = {len(listed)} texts; top_shared: of the top {top_n}"
         show(console, title, frame, out, "controls", hidden=("pruned_causal", "texts"))
-    write_result(console, result, out, "receivers")

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from stream_lens.cli.frames import print_frame, show, title_of, write_result
+from stream_lens.cli.frames import plain_console, print_frame, show, title_of, write_result
 from stream_lens.cli.inputs import caches_of, model_of
 from stream_lens.cli.options import AnswerTokens, As, CacheModel, Controls, Out, Threads
 
@@ -35,8 +34,10 @@ def routes_command(
     from stream_lens.circuits.controls import route_controls
     from stream_lens.circuits.routes import routes
 
-    console = Console()
+    console = plain_console()
     caches, places = caches_of(cache), (_place(source), _place(target))
+    if len(caches) > 1:
+        raise ValueError(f"{cache} holds {len(caches)} caches, and routes takes one: name the file.")
     result = routes(caches[0], *places, heads=heads, paths=paths)  # type: ignore[arg-type]
     console.print(title_of(caches) + ", n = 1 text", highlight=False)
     if result.reachable:
@@ -49,6 +50,9 @@ def routes_command(
         print_frame(console, "Heads by the flow that they carry", result.by_head())
     else:
         console.print("No way leads from the source to the target through the cached layers.")
+    if result.reachable:
+        write_result(console, result, out, "routes")
+        result.write_graph(out / "routes.graphml")
     if controls:
         with console.status("loading the model of the cache") as status:
             loaded = model_of(caches, model, as_, threads, room=answer_tokens)
@@ -65,8 +69,6 @@ def routes_command(
         show(console, title, frame, out, "controls", hidden=("pruned_causal", "texts"))
     if not result.reachable:
         raise typer.Exit(1)
-    write_result(console, result, out, "routes")
-    result.write_graph(out / "routes.graphml")
 
 
 def _place(text: str) -> int | tuple[int, int]:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from stream_lens.blocks import StreamConfig
+from stream_lens.cli.frames import plain_console
 from stream_lens.cli.inputs import prompt_of
 from stream_lens.cli.options import (
     As,
@@ -67,7 +68,7 @@ def trace_command(
 
       stream-lens trace --model smollm2-135m --text notes.txt --k 24 --save-cache notes.safetensors
     """
-    console = Console()
+    console = plain_console()
     config = stream_config(k, fraction, q_block, k_block, layers, selector)
     with console.status(f"loading {model}"):
         prompt = prompt_of(model, as_, text, tokens, depth, seed, threads, room=answer_tokens)

@@ -57,7 +57,7 @@ def needle_heatmap(table: Table, title: str = "Needles found") -> go.Figure:
         figure.update_yaxes(type="category", autorange="reversed", **place)
         figure.update_yaxes(title_text="needle depth" if place["col"] == 1 else "", **place)
     figure.update_xaxes(showgrid=False, categoryarray=[f"{n:,}" for n in lengths])
-    figure.update_yaxes(showgrid=False, categoryarray=[f"{depth:.0%}" for depth in depths])
+    figure.update_yaxes(showgrid=False, categoryarray=[_percent(depth) for depth in depths])
     figure.update_layout(
         coloraxis={
             "colorscale": SCALE,
@@ -74,7 +74,7 @@ def _cells(part: pd.DataFrame, lengths: list[Any], depths: list[Any]) -> list[go
         return part.pivot(index="depth", columns="length", values=column).reindex(depths, columns=lengths).to_numpy()
 
     success, n, failed, all_found, n_all = map(grid, ("success", "n", "dense_failed", "successes_all", "n_all"))
-    x, y = [f"{length:,}" for length in lengths], [f"{depth:.0%}" for depth in depths]
+    x, y = [f"{length:,}" for length in lengths], [_percent(depth) for depth in depths]
     hover = "%{x} tokens, depth %{y}<br>"
     counted = go.Heatmap(
         z=np.where(n > 0, success, np.nan),
@@ -115,7 +115,14 @@ def _texts(where: np.ndarray, text: Any) -> list[list[str]]:
 
 
 def _budget(row: dict[str, Any]) -> str:
-    return f"{row['fraction']:.0%} of prefix" if row["k"] is None or row["k"] != row["k"] else f"k = {row['k']:.0f}"
+    return (
+        f"{_percent(row['fraction'])} of prefix" if row["k"] is None or row["k"] != row["k"] else f"k = {row['k']:.0f}"
+    )
+
+
+def _percent(share: float) -> str:
+    """With as many digits as tell neighbours apart: 2%, 2.5%, 33.33%."""
+    return f"{100 * share:.4g}%"
 
 
 def _panel_title(selector: str, budget: str, part: pd.DataFrame | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from stream_lens.backend import SparsePattern, install
-from stream_lens.blocks import FractionOfPrefix, StreamConfig
+from stream_lens.blocks import SELECTORS, FractionOfPrefix, StreamConfig
 from stream_lens.circuits.reruns import CONTROLS, DENSE
 from stream_lens.tasks.answering import answer
 from stream_lens.tasks.needle import needle_case, score
@@ -30,8 +30,15 @@ def needle_cells(
 ) -> list[dict[str, Any]]:
     """Cells for `sweep`: the dense run of every case, and every selector at every budget.
 
-    `ks` are blocks kept for each query block, `fractions` shares of its prefix. `ValueError` without either.
+    `ks` are blocks kept for each query block, `fractions` shares of its prefix. `ValueError` without either, for a
+    selector that is not known, or a depth outside 0 to 1.
     """
+    unknown = [name for name in selectors if name not in SELECTORS]
+    if unknown:
+        raise ValueError(f"selectors {unknown} are not known: choose from {', '.join(SELECTORS)}; dense always runs.")
+    outside = [depth for depth in depths if not 0 <= depth <= 1]
+    if outside:
+        raise ValueError(f"depths {outside} are not allowed: 0 is the beginning of the text, 1 its end.")
     budgets: list[dict[str, Any]] = [{"k": k, "fraction": None} for k in ks]
     budgets += [{"k": None, "fraction": fraction} for fraction in fractions]
     if not budgets:
