@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from stream_lens.circuits.text_tokens import text_tokens
+from stream_lens.cli import app
 from stream_lens.demo_models import DEMO_MODELS, DemoModelError, demo_folder
+from stream_lens.sweep import cell_name
 from stream_lens.tasks.needle import NeedleCase, needle_case, score
+from stream_lens.tasks.needle_study import needle_cells
 from stream_lens.tasks.ruler import NOISE, TASKS
 
 ESSAY = (
@@ -271,3 +277,25 @@ def test_real_tokenizers(name, essay, monkeypatch):
                 # A token may hold the full stop and the line break after it.
                 assert text.strip().rstrip(".?") in decoded
                 assert len(decoded) <= len(text) + 2
+
+
+def test_cells_of_the_command_name_their_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def note(loader: Any, cells: list[dict[str, Any]], *args: Any, **options: Any) -> None:
+        seen.extend(cells)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("stream_lens.sweep.sweep", note)
+    for model in ("one", "another"):
+        CliRunner().invoke(app, ["needle", "--model", model, "--out", str(tmp_path), "--k", "4", "--cases", "1"])
+    names = {cell_name(cell) for cell in seen}
+    assert len(names) == len(seen)
+    assert {cell["model"] for cell in seen} == {"one", "another"}
+
+
+def test_cells_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"selectors \['dense'\] are not known"):
+        needle_cells([900], [0.5], [0], ks=[4], selectors=["dense"])
+    with pytest.raises(ValueError, match=r"depths \[1.5\]"):
+        needle_cells([900], [1.5], [0], ks=[4])

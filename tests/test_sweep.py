@@ -135,6 +135,9 @@ def test_dask_gives_the_same(tmp_path: Path) -> None:
 def test_what_cannot_be_a_cell(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="listed twice"):
         sweep(lambda: 0, [{"a": 1}, {"a": 1}], lambda _, cell: {}, out=tmp_path, progress=False)
+    for empty in ([], {"a": []}):
+        with pytest.raises(ValueError, match="no cells"):
+            sweep(lambda: 0, empty, lambda _, cell: {}, out=tmp_path, progress=False)
     with pytest.raises(ValueError, match="not plain"):
         cell_name({"a": object()})
     assert cell_name({"a": 1, "b": 2}) == cell_name({"b": 2, "a": 1})

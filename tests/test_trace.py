@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -66,6 +67,15 @@ def test_what_cannot_be_traced(
 ) -> None:
     with pytest.raises(error, match=message):
         trace(model, **{"tokens": tokens, **given})
+
+
+def test_answers_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    from stream_lens.cli.frames import plain_console, print_frame
+
+    print_frame(plain_console(), "[/a] title", pd.DataFrame({"answer": ["see [note] [/INST]"]}))
+    printed = capsys.readouterr().out
+    assert "[/a] title" in printed
+    assert "see [note] [/INST]" in printed
 
 
 def test_dense_is_left_out_on_request(model: Any, tokens: torch.Tensor) -> None:
@@ -152,5 +162,7 @@ def test_lists_of_numbers() -> None:
     assert decimals("0.1,0.5") == (0.1, 0.5)
     with pytest.raises(ValueError, match="no list of numbers"):
         numbers("five")
+    with pytest.raises(ValueError, match="no list of numbers"):
+        numbers("5-3")
     with pytest.raises(ValueError, match="no list of numbers"):
         decimals("0.1;0.2")

@@ -46,6 +46,15 @@ def test_the_last_logits_and_the_patterns_are_those_of_the_whole_run(name: str) 
         assert model(tokens).shape[1] == T  # all logits again
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", HOOKED])
+def test_layers_that_run_dense_leave_no_pattern(name: str) -> None:
+    _, ours = run_with_masks(model_of(name), tokens_of(1, T), layers=(1,), **CHOICES)
+    assert list(ours.cache_dict) == ["blocks.1.attn.hook_pattern"]
+    asked = "blocks.0.attn.hook_pattern"
+    _, ours = run_with_masks(model_of(name), tokens_of(1, 40), layers=(1,), names_filter=asked, **CHOICES)
+    assert ours[asked].shape == (1, 4, 40, 40)
+
+
 def test_one_text_and_one_row_of_tokens() -> None:
     model, text = model_of("LlamaForCausalLM"), "t5 t6 t7 t8"
     tokens = model.to_tokens(text)

@@ -195,6 +195,18 @@ def test_suppression_is_the_kl_of_whole_runs(model):
     assert len(result.plot().data[0].x) == len(spans)
 
 
+def test_suppression_counts_only_positions_that_were_cut():
+    model, tokens = tiny_bridge("LlamaForCausalLM"), tokens_of(1, 128)
+    segments = segments_of([(start, start + 8) for start in range(0, 128, 8)], 128)
+    coarse = segment_suppression(model, tokens, segments, sl.StreamConfig(q_block=32, k_block=8, k=16))
+    fine = segment_suppression(model, tokens, segments, sl.StreamConfig(q_block=8, k_block=8, k=16))
+    cut = np.isfinite(coarse.log_kl)
+    assert cut.any()
+    assert not cut[:, :4].any()  # of the first query block, which keeps all its attention
+    assert (coarse.log_kl[cut] > -20).all()
+    assert np.isfinite(fine.log_kl).sum() > cut.sum()
+
+
 def test_what_cannot_take_effect_is_refused():
     model, tokens = tiny_bridge("LlamaForCausalLM"), tokens_of(1, T)
     for ablation, message in (

@@ -17,6 +17,7 @@ from stream_lens.circuits.minimal_k import minimal_k
 from stream_lens.circuits.receiver_heads import rank_correlation, receiver_heads
 from stream_lens.circuits.reruns import CONTROLS, DENSE, answers, rerun
 from stream_lens.circuits.routes import routes
+from stream_lens.circuits.segmentation import windows
 from stream_lens.cli import app
 from tests.backend.hooked_models import tokens_of
 from tests.backend.tiny_models import tiny_bridge
@@ -113,6 +114,24 @@ def test_what_cannot_be_run_again_says_so(model, caches):
         diff_controls(model, caches[0], by_hand(model, 1, "random"))
 
 
+def test_left_padding_is_refused_where_a_bridge_would_read_it(model, tmp_path: Path, monkeypatch):
+    texts = [" ".join(f"t{3 + n % 90}" for n in range(count)) for count in (60, 40)]
+    segments = [windows(text, model.tokenizer, tokens=8) for text in texts]
+    found = {}
+    for side in ("left", "right"):
+        monkeypatch.setattr(model.tokenizer, "padding_side", side)
+        found[side] = sl.run_with_masks(model, texts, CONFIG)[1]
+        found[side].save(tmp_path / side)
+    for cache in (found["left"], found["left"].without_scores(), sl.SparseActivationCache.load(tmp_path / "left")):
+        with pytest.raises(ValueError, match="padded on the left"):
+            rerun(model, cache, "random")
+        with pytest.raises(ValueError, match="padded on the left"):
+            receiver_heads(cache, segments)
+    right = sl.SparseActivationCache.load(tmp_path / "right")
+    assert rerun(model, right, "stream").masks()[1].indices.equal(right.masks()[1].indices)
+    assert receiver_heads(right, segments).heads
+
+
 @pytest.fixture
 def files(caches, tmp_path: Path, model, monkeypatch):
     monkeypatch.setattr("stream_lens.cli.inputs.load", lambda *args, **kwargs: model)
@@ -152,7 +171,7 @@ def test_commands_print_controls_by_default_and_none_on_request(files: Path):
     assert "T = 96, stream, k = 3" in said("routes", *one, "--no-controls", "--out", files)
 
 
-def test_receivers_are_ranked_against_dense_under_every_control(files: Path):
+def test_receivers_are_ranked_against_dense_under_every_control(files: Path, model, monkeypatch):
     sentences = [" ".join(f"t{3 + (7 * n + m * m) % 90}" for m in range(9)) + " " for n in range(12)]
     traces = files / "traces.jsonl"
     rows = (
@@ -162,6 +181,8 @@ def test_receivers_are_ranked_against_dense_under_every_control(files: Path):
     options = ("--traces", traces, "--q-block", 8, "--k-block", 8, "--k", 3, "--top-n", 3, "--out", files)
     output = said("receivers", *options)
     assert "n = 2 texts" in output
+    monkeypatch.setattr(model.cfg, "default_prepend_bos", False, raising=False)  # as Qwen's and GPT-NeoX's bridges
+    assert "n = 2 texts" in said("receivers", *options, "--no-controls")
     assert all(name in output for name in ("stream", *CONTROLS, DENSE))
     assert "window_sinks" not in said("receivers", *options, "--no-controls")
 
@@ -173,6 +194,7 @@ def test_bad_arguments_get_a_sentence(files: Path):
     one = files / "success" / "0.safetensors"
     assert "no cache file" in error("routes", files / "nothing", "--source", "1:2")
     assert "is no place" in error("routes", one, "--source", "needle")
+    assert "holds 2 caches" in error("routes", files / "success", "--source", "1:2")
     (files / "empty").mkdir()
     assert "has no cache files" in error("diff", files / "empty", one)
     assert "2 successful and 1 failed" in error("diff", files / "success", one)

@@ -11,10 +11,11 @@ import torch
 
 import stream_lens as sl
 from stream_lens.circuits.mask_diff import mask_diff
+from stream_lens.circuits.nodes import segment_nodes
 from stream_lens.circuits.significance import corrected, paired_p_values
 from tests.backend.tiny_models import VOCAB, tiny_bridge
 from tests.circuits.planted import BLOCK, NEEDLE, RELAY, planted_run
-from tests.circuits.reference import random_pattern, segments_at
+from tests.circuits.reference import cut_at, random_pattern, segments_at
 
 
 def test_cells_are_the_set_differences_of_the_masks():
@@ -127,6 +128,25 @@ def test_p_values_are_scipy_s(test):
     assert (corrected(ours) >= ours).all()
     many = paired_p_values(np.random.default_rng(1).normal(2, 1, (20, 2)), test)
     assert (many < 0.05).all()
+
+
+@pytest.mark.parametrize("pairs", [5, 13, 14, 20])
+def test_a_wilcoxon_test_does_not_depend_on_other_cells(pairs):
+    random = np.random.default_rng(pairs)
+    clean = random.random((pairs, 1)) + 0.1
+    zero, tied = clean.copy(), clean.copy()
+    zero[0], tied[0] = 0, tied[1]
+    p_values = paired_p_values(np.hstack([clean, zero, tied, zero * 0]), "wilcoxon")
+    np.testing.assert_allclose(p_values[:2], [2.0 ** (1 - pairs), 2.0 ** (2 - pairs)])  # exact: all of one sign
+    for cell, alone in ((0, clean), (1, zero), (2, tied)):
+        assert p_values[cell] == paired_p_values(alone, "wilcoxon")[0]
+    assert p_values[3] == 1
+
+
+def test_labels_that_look_numbered_stay_apart():
+    nodes = segment_nodes(segments_at(cut_at(0, 8, 16, 24), 24, ["n", "n", "n 0"]))
+    assert len(set(nodes.labels)) == len(nodes.labels)
+    assert "n 0" in nodes.labels
 
 
 def test_what_cannot_be_compared_says_so():

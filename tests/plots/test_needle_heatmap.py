@@ -74,6 +74,14 @@ def test_titles_say_selector_budget_pruned_share_and_what_is_left_out() -> None:
     assert "dense fails 10 of 30 cases" in figure.layout.title.text
 
 
+def test_shares_that_round_alike_stay_apart() -> None:
+    rows = table_of().to_frame().query("k.isna()")
+    table = NeedleTable(pd.concat([rows.assign(fraction=0.02), rows.assign(fraction=0.025)]))
+    texts = [note.text for note in needle_heatmap(table).layout.annotations]
+    assert any(", 2% of prefix" in text for text in texts)
+    assert any(", 2.5% of prefix" in text for text in texts)
+
+
 def test_an_empty_table_is_refused() -> None:
     with pytest.raises(ValueError, match="no rows"):
         needle_heatmap(NeedleTable(table_of().to_frame().iloc[:0]))
