@@ -26,9 +26,9 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="module")
 def few_branches() -> Iterator[None]:
-    """The search without its least number of branches, so that short texts have rounds and branches that fall out."""
+    """The search without branches for blocks that are not free, so that `oversample` is what a test says it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stream_lens.blocks.selection.LEAST_BRANCHES", 1)
+        patch.setattr("stream_lens.blocks.selection.LEAST_FREE", 1)
         yield
 
 

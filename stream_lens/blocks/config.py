@@ -30,8 +30,8 @@ class StreamConfig:
         representative: what stands for a branch in the search, one of `REPRESENTATIVES`.
         reduce: how a query block's rows vote in the rounds, one of `REDUCTIONS`.
         oversample: branches followed per block that will be kept. Above 1 the search ends with more single blocks than
-            it may keep and ranks them by their exact scores (an extension of the paper, which has 1); it is raised
-            where fewer than 24 branches would compete, that is at the smallest k.
+            it may keep and ranks them by their exact scores (an extension of the paper, which has 1). Where fewer than
+            four blocks are free, as many branches compete as for four.
         rank: the `reduce` of that exact final ranking, and of the selector "exhaustive".
         query_stride: score every n-th row of a query block, in the rounds and in the final ranking; "exhaustive" scores
             all rows.

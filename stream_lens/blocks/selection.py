@@ -45,8 +45,8 @@ def register_selector(name: str) -> Callable[[Picker], Picker]:
     return register
 
 
-LEAST_BRANCHES = 24
-"""Branches that compete in the search of every query block, however few blocks it may keep."""
+LEAST_FREE = 4
+"""Free blocks that `oversample` counts where there are fewer, so that enough branches compete for them."""
 
 
 @overload
@@ -151,14 +151,14 @@ def prepared(q: Tensor, k: Tensor, rule: ScoreRule, config: StreamConfig, layer:
 
 
 def with_enough_branches(config: StreamConfig, free_slots: int) -> StreamConfig:
-    """The config with `oversample` raised where so few blocks are free that fewer than LEAST_BRANCHES would compete.
+    """The config with `oversample` raised where fewer than LEAST_FREE blocks are free: as many branches as for those.
 
     With one free block and an oversample of 6 the search followed six branches of 250 blocks and lost needles that the
     oracle keeps. The paper's form (an oversample of 1) stays as it is.
     """
-    if config.oversample == 1:
+    if config.oversample == 1 or free_slots >= LEAST_FREE:
         return config
-    return replace(config, oversample=max(config.oversample, -(-LEAST_BRANCHES // max(1, free_slots))))
+    return replace(config, oversample=-(-LEAST_FREE * config.oversample // max(1, free_slots)))
 
 
 def budgets(
