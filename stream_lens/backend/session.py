@@ -116,12 +116,18 @@ def checked_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         layer: StreamedLayer = self.__dict__["_streamed_layer"]
-        before, layer.pattern = layer.runs, None
-        result = forward(self, *args, **kwargs)
-        if layer.runs != before + 1:
+        # A pattern is waiting for its values only where a hook of this very layer calls the model again.
+        waiting, before = layer.pattern, layer.runs
+        layer.pattern, layer.runs = None, 0
+        try:
+            result = forward(self, *args, **kwargs)
+            runs = layer.runs
+        finally:
+            layer.pattern, layer.runs = waiting, before + (waiting is None)
+        if runs != 1:
             raise RuntimeError(
-                f"{layer.name} finished its forward with {layer.runs - before} streamed attentions instead of 1: it "
-                "ran dense. This attention cannot be streamed; please report it with the model's name."
+                f"{layer.name} finished its forward with {runs} streamed attentions instead of 1: it ran dense. This "
+                "attention cannot be streamed; please report it with the model's name."
             )
         return result
 

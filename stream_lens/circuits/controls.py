@@ -186,8 +186,8 @@ def minimal_k_controls(
 
     Returns:
         One row a run: k (NA where none up to `high` keeps the answer), kept_fraction (of the last row's keys),
-        fails_below (whether k - 1 was run and failed; NA where it was not run), kl (nats, at that k), passes, texts
-        (1). The dense run is not among them: it is the answer that all are held to.
+        fails_below (whether k - 1 was run and failed; NA where it was not run), kl (nats, at that k), passes (to find
+        it), texts (1). The dense run is not among them: it is the answer that all are held to.
     """
     config = replace(result.config, overrides={} if result.budgets else result.config.overrides)
     rows = []
@@ -246,14 +246,16 @@ def _minimal_or_none(model: Any, tokens: Tensor, config: Any, *, high: int | Non
 def _minimal_figures(found: MinimalK | None) -> dict[str, Any]:
     if found is None:
         return {"k": pd.NA, "kept_fraction": np.nan, "fails_below": pd.NA, "kl": np.nan, "passes": pd.NA}
-    kl = next(trial.kl for trial in found.trials if trial.k == found.k and trial.layer is None)
+    whole = [trial for trial in found.trials if trial.layer is None]  # the controls lower no layer or head after that
+    kl = next(trial.kl for trial in whole if trial.k == found.k)
+    passes = 2 + len(whole) * (found.passes - 2) // len(found.trials)
     fails = pd.NA if found.fails_below is None else found.fails_below
     return {
         "k": found.k,
         "kept_fraction": found.kept_fraction,
         "fails_below": fails,
         "kl": kl,
-        "passes": found.passes,
+        "passes": passes,
     }
 
 

@@ -99,6 +99,23 @@ def test_interrupts_leave_the_model_as_it_was(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_hook_may_run_the_model_again(name: str) -> None:
+    model, inside = model_of(name), []
+
+    def again(pattern: Any) -> None:
+        if not inside:
+            inside.append(None)
+            with torch.no_grad():
+                inside.append(model(tokens()))
+
+    with sl.stream(model, **SMALL):
+        expected = logits(model)
+        assert torch.equal(with_hook(model, tokens(), again), expected)
+        assert torch.equal(inside[1], expected)
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_nesting_and_installing_twice_raise(name: str) -> None:
     model = model_of(name)
     with sl.stream(model, **SMALL):

@@ -94,6 +94,10 @@ def test_minimal_k_of_every_control_and_none_where_there_is_none(model):
     assert list(frame.index) == ["stream", *CONTROLS]
     for selector in CONTROLS:
         assert frame.loc[selector, "k"] == minimal_k(model, tokens, replace(CONFIG, selector=selector), n_match=5).k
+    by_layer = minimal_k(model, tokens, CONFIG, n_match=5, per="layer")
+    assert by_layer.passes > result.passes
+    lowered = minimal_k_controls(model, tokens, by_layer).set_index("run")
+    assert lowered.loc["stream", "passes"] == frame.loc["stream", "passes"] == result.passes
     highest = int(frame["k"].max())
     least = int(frame["k"].min())
     assert least < highest
