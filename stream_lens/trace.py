@@ -14,9 +14,8 @@ from torch import Tensor
 
 from stream_lens.backend import SparseActivationCache, install, run_with_masks
 from stream_lens.backend.greedy import greedy_tokens
-from stream_lens.backend.long_inputs import tokens_within_context
+from stream_lens.backend.long_inputs import text_tokens_only, tokens_within_context
 from stream_lens.blocks import StreamConfig
-from stream_lens.circuits.edited_runs import text_tokens_only
 from stream_lens.plots.masks import config_text, mask_figure
 
 Span = tuple[int, int]

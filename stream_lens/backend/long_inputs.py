@@ -33,9 +33,8 @@ def run_with_masks(
     """One sparse forward of a long input: its last logits, and a cache of every layer's pattern.
 
     Unlike `model.run_with_cache` it caches nothing but streamed layers' patterns unless asked for more, makes logits of
-    the last positions only
-    (all positions of 8k tokens of Gemma 3 are 8.6 GB), and refuses a text longer than the context, where
-    TransformerLens would cut it.
+    the last positions only (all positions of 8k tokens of Gemma 3 are 8.6 GB), and refuses a text longer than the
+    context, where TransformerLens would cut it.
 
     Args:
         model: HookedTransformer or TransformerBridge; streamed already, or streamed for this call.
@@ -75,12 +74,7 @@ def tokens_within_context(
         TypeError: neither text nor token ids.
     """
     if isinstance(text_or_tokens, Tensor):
-        if text_or_tokens.is_floating_point() or text_or_tokens.ndim not in (1, 2):
-            raise TypeError(
-                f"a {text_or_tokens.dtype} tensor of shape {list(text_or_tokens.shape)} was given: give token ids "
-                "[batch, position]."
-            )
-        tokens = text_or_tokens if text_or_tokens.ndim == 2 else text_or_tokens[None]
+        tokens = text_tokens_only(text_or_tokens, "a model")
     elif isinstance(text_or_tokens, str) or (
         isinstance(text_or_tokens, list) and all(isinstance(text, str) for text in text_or_tokens)
     ):
@@ -100,6 +94,18 @@ def tokens_within_context(
             f"the model with a larger n_ctx if it has the positions (load_model(…, n_ctx={tokens.shape[-1]}))."
         )
     return tokens.to(model.cfg.device) if getattr(model.cfg, "device", None) else tokens
+
+
+def text_tokens_only(tokens: Any, tool: str) -> Int[Tensor, "batch position"]:
+    """`tokens` as [batch, position]; `TypeError` for anything but token ids."""
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim not in (1, 2):
+        given = (
+            f"a {tokens.dtype} tensor of shape {list(tokens.shape)}"
+            if isinstance(tokens, Tensor)
+            else type(tokens).__name__
+        )
+        raise TypeError(f"{tool} takes token ids [batch, position] (model.to_tokens(text)); got {given}.")
+    return tokens if tokens.ndim == 2 else tokens[None]
 
 
 @contextmanager

@@ -73,11 +73,11 @@ def stream_transformers(
     modules = _attention_modules(model, allow_untested)
     if any("_streamed_layer" in module.__dict__ for _, module in modules):
         raise RuntimeError("this model is streamed already: leave that `with` block first.")
-    wanted_layers(config, [number for number, _ in modules], model.config.num_attention_heads)
+    wanted = wanted_layers(config, [number for number, _ in modules], model.config.num_attention_heads)
     streamed = StreamedTransformers(model, config)
     session = Session(model, [])
     try:
-        _install(session, streamed, modules, on_pattern, kernel)
+        _install(session, streamed, modules, wanted, on_pattern, kernel)
         yield streamed
     finally:
         session.restore()
@@ -114,6 +114,7 @@ def _install(
     session: Session,
     streamed: StreamedTransformers,
     modules: list[tuple[int, Any]],
+    wanted: set[int],
     on_pattern: OnPattern | None,
     kernel: Kernel,
 ) -> None:
@@ -129,7 +130,7 @@ def _install(
         return pattern
 
     for number, module in modules:
-        if config.layers is not None and number not in config.layers:
+        if number not in wanted:
             session.mark(module, "_dense_implementation", model.config._attn_implementation or "eager")
             continue
         layer = StreamedLayer(number, f"layer {number}", config, kernel)

@@ -21,17 +21,15 @@ class Session:
         model: the streamed model.
         layers: the streamed layers' state.
         swapped: objects whose class was swapped, with the class they had.
-        marked: objects that hold an attribute of ours, with its name.
+        marked: objects that hold an attribute of ours, with its name and, by name, the one of their own that it covers.
         configs: transformers' configs whose attention implementation is "stream_lens" while the model runs.
-        forwards: transformers models whose forward is watched, with the one of their own that they had, if any.
     """
 
     model: Any
     layers: list[StreamedLayer]
     swapped: list[tuple[Any, type]] = field(default_factory=list)
-    marked: list[tuple[Any, str]] = field(default_factory=list)
+    marked: list[tuple[Any, str, dict[str, Any]]] = field(default_factory=list)
     configs: list[Any] = field(default_factory=list)
-    forwards: list[tuple[Any, Any]] = field(default_factory=list)
     implementations: list[Any] = field(default_factory=list)
     """The configs' own implementations, while a forward runs; empty otherwise."""
     depth: int = 0
@@ -46,7 +44,8 @@ class Session:
 
     def mark(self, thing: Any, name: str, value: Any) -> None:
         """Set an attribute past the object's own `__setattr__`: bridges hand that on to the module they wrap."""
-        self.marked.append((thing, name))
+        covered = {name: thing.__dict__[name]} if name in thing.__dict__ else {}
+        self.marked.append((thing, name, covered))
         thing.__dict__[name] = value
 
     def watch(self, transformers_model: Any) -> None:
@@ -56,24 +55,19 @@ class Session:
         known = {id(config): config for config in configs if hasattr(config, "_attn_implementation_internal")}
         self.configs = list(known.values())
         # Not hooks: those that torch always calls are skipped when a forward is interrupted from the keyboard.
-        watched = functools.partial(_watched_forward, self)
+        watched = functools.partial(_watched_forward, self, transformers_model.forward)
         watched.__signature__ = inspect.signature(transformers_model.forward)  # type: ignore[attr-defined]
-        self.forwards.append((transformers_model, transformers_model.__dict__.get("forward")))
-        transformers_model.__dict__["forward"] = watched
+        self.mark(transformers_model, "forward", watched)
 
     def restore(self) -> None:
         """Undo everything; safe to call twice."""
-        while self.forwards:
-            transformers_model, own = self.forwards.pop()
-            transformers_model.__dict__.pop("forward")
-            if own is not None:
-                transformers_model.__dict__["forward"] = own
         while self.swapped:
             thing, cls = self.swapped.pop()
             object.__setattr__(thing, "__class__", cls)
         while self.marked:
-            thing, name = self.marked.pop()
+            thing, name, covered = self.marked.pop()
             thing.__dict__.pop(name, None)
+            thing.__dict__.update(covered)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -99,10 +93,8 @@ class Session:
                 self.implementations = []
 
 
-def _watched_forward(session: Session, *args: Any, **kwargs: Any) -> Any:
+def _watched_forward(session: Session, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A transformers model's forward in which all streamed layers have to run."""
-    transformers_model, own = session.forwards[0]
-    forward = functools.partial(type(transformers_model).forward, transformers_model) if own is None else own
     with session.running():
         result = forward(*args, **kwargs)
         if session.depth == 1:

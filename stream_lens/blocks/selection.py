@@ -28,6 +28,9 @@ SELECTORS: dict[str, Picker] = {
     "random": random,
 }
 
+LEAST_FREE = 4
+"""Free blocks that `oversample` counts where there are fewer, so that enough branches compete for them."""
+
 
 def register_selector(name: str) -> Callable[[Picker], Picker]:
     """Decorator that makes a function of a `Search` available as `StreamConfig(selector=name)`.
@@ -43,10 +46,6 @@ def register_selector(name: str) -> Callable[[Picker], Picker]:
         return picker
 
     return register
-
-
-LEAST_FREE = 4
-"""Free blocks that `oversample` counts where there are fewer, so that enough branches compete for them."""
 
 
 @overload

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from stream_lens.backend.long_inputs import tokens_within_context
+from stream_lens.backend.long_inputs import text_tokens_only, tokens_within_context
 from stream_lens.backend.pattern import SparsePattern
 from stream_lens.blocks import BlockMask, StreamConfig
 from stream_lens.circuits.edited_runs import (
@@ -20,7 +20,6 @@ from stream_lens.circuits.edited_runs import (
     run_edited,
     streamed_for_now,
     streamed_layers,
-    text_tokens_only,
 )
 from stream_lens.circuits.metrics import MetricFunction, positions_read, scalar
 from stream_lens.circuits.results import json_of

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stream_lens.backend.install import is_streamed
-from stream_lens.backend.long_inputs import tokens_within_context
+from stream_lens.backend.long_inputs import text_tokens_only, tokens_within_context
 from stream_lens.blocks import BlockMask, StreamConfig
-from stream_lens.circuits.edited_runs import masks_of_run, streamed_for_now, text_tokens_only
+from stream_lens.circuits.edited_runs import masks_of_run, streamed_for_now
 from stream_lens.circuits.gated_run import GatedRun
 from stream_lens.circuits.metrics import MetricFunction, positions_read
 from stream_lens.circuits.results import json_of

@@ -91,11 +91,3 @@ def masks_of_run(
 def repeated(mask: BlockMask, times: int) -> BlockMask:
     """The mask of the same texts, `times` over along the batch."""
     return replace(mask, indices=mask.indices.repeat(times, 1, 1, 1))
-
-
-def text_tokens_only(tokens: Any, tool: str) -> Int[Tensor, "batch position"]:
-    """`tokens` as [batch, position]; `TypeError` for anything but token ids."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim not in (1, 2):
-        given = f"a tensor of shape {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"{tool} takes token ids [batch, position] (model.to_tokens(text)); got {given}.")
-    return tokens if tokens.ndim == 2 else tokens[None]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from stream_lens.backend.greedy import greedy_tokens
 from stream_lens.backend.install import is_streamed, stream
-from stream_lens.backend.long_inputs import last_logits_only, tokens_within_context
+from stream_lens.backend.long_inputs import last_logits_only, text_tokens_only, tokens_within_context
 from stream_lens.blocks import StreamConfig
-from stream_lens.circuits.edited_runs import forward, streamed_layers, text_tokens_only
+from stream_lens.circuits.edited_runs import forward, streamed_layers
 from stream_lens.circuits.metrics import kl_divergence, log_probabilities
 from stream_lens.circuits.results import json_of
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stream_lens.backend.long_inputs import tokens_within_context
+from stream_lens.backend.long_inputs import text_tokens_only, tokens_within_context
 from stream_lens.blocks import StreamConfig
 from stream_lens.circuits.ablation import Ablation, How, ablation_edits, check_ablations, drop_spans
 from stream_lens.circuits.edited_runs import (
@@ -26,7 +26,6 @@ from stream_lens.circuits.edited_runs import (
     forward,
     masks_of_run,
     streamed_for_now,
-    text_tokens_only,
 )
 from stream_lens.circuits.metrics import kl_divergence, log_probabilities
 from stream_lens.circuits.results import json_of

@@ -72,6 +72,8 @@ def needle_command(
 
 
 def _print(console: Console, table: Any, frame: Any) -> None:
+    from stream_lens.plots.needle import budget_label
+
     dense = frame[frame.selector == "dense"]
     shown = Table(
         title=f"Needles found; dense finds {int(dense.found.sum())} of n = {len(dense)}", title_justify="left"
@@ -86,13 +88,13 @@ def _print(console: Console, table: Any, frame: Any) -> None:
     ):
         shown.add_column(name, justify="right")
     for row in table.overall().to_dict("records"):
-        budget = (
-            f"k = {row['k']:.0f}"
-            if row["k"] == row["k"] and row["k"] is not None
-            else f"{100 * row['fraction']:.4g}% of prefix"
-        )
         success = "dense finds none" if row["n"] == 0 else f"{row['success']:.0%}"
         shown.add_row(
-            row["selector"], budget, f"{row['pruned_global']:.1%}", success, str(row["n"]), f"{row['needle_kept']:.0%}"
+            row["selector"],
+            budget_label(row),
+            f"{row['pruned_global']:.1%}",
+            success,
+            str(row["n"]),
+            f"{row['needle_kept']:.0%}",
         )
     console.print(shown)

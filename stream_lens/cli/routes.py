@@ -48,11 +48,10 @@ def routes_command(
         )
         print_frame(console, f"Hops of the {paths} strongest paths", result.paths_frame(), rows=30)
         print_frame(console, "Heads by the flow that they carry", result.by_head())
-    else:
-        console.print("No way leads from the source to the target through the cached layers.")
-    if result.reachable:
         write_result(console, result, out, "routes")
         result.write_graph(out / "routes.graphml")
+    else:
+        console.print("No way leads from the source to the target through the cached layers.")
     if controls:
         with console.status("loading the model of the cache") as status:
             loaded = model_of(caches, model, as_, threads, room=answer_tokens)

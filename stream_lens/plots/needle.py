@@ -33,7 +33,7 @@ def needle_heatmap(table: Table, title: str = "Needles found") -> go.Figure:
     frame = table.to_frame()
     if frame.empty:
         raise ValueError("the needle table has no rows: give needle_table a sweep with at least one budget.")
-    frame = frame.assign(budget=[_budget(row) for row in frame.to_dict("records")])
+    frame = frame.assign(budget=[budget_label(row) for row in frame.to_dict("records")])
     selectors, budgets = list(dict.fromkeys(frame.selector)), list(dict.fromkeys(frame.budget))
     lengths, depths = sorted(frame.length.unique()), sorted(frame.depth.unique())
     parts = dict(iter(frame.groupby(["selector", "budget"])))
@@ -114,7 +114,8 @@ def _texts(where: np.ndarray, text: Any) -> list[list[str]]:
     return [[text(i, j) if where[i, j] else "" for j in range(columns)] for i in range(rows)]
 
 
-def _budget(row: dict[str, Any]) -> str:
+def budget_label(row: dict[str, Any]) -> str:
+    """What a row of a needle table may keep: its `k`, or its `fraction` where that is missing."""
     return (
         f"{_percent(row['fraction'])} of prefix" if row["k"] is None or row["k"] != row["k"] else f"k = {row['k']:.0f}"
     )

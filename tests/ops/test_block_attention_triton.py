@@ -56,7 +56,9 @@ def check(case: Case, device: torch.device) -> None:
         assert ours.pop("dgate") is None
     for name, result in ours.items():
         assert result.dtype == (F32 if name == "dgate" else case.q.dtype)
-    assert_as_close_as_eager(case, ours, truth)
+    # A probability of 1 may come out as the number beside it, and its product is rounded again.
+    roundings = 2 if case.q.dtype == F32 else 1
+    assert_as_close_as_eager(case, ours, truth, roundings=roundings)
 
 
 CASES: dict[str, dict[str, Any]] = {
